@@ -1,0 +1,42 @@
+# Everything a newcomer needs: `make run` and `make test`. Each sets up the virtual environment first, once.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PROTOS := $(wildcard proto/staffetta/v1/*.proto)
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup run test check proto proto-check
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Shows the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## Creates the virtual environment and installs everything, pinned
+
+# torch first and alone: the exact pin takes the CPU build, a later resolve then keeps it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: setup ## Starts gateway, prefill and decode with the embedded model, and streams one answer
+	@$(BIN)/staffetta serve demo
+
+test: setup ## Runs the tests
+	@$(BIN)/python -m pytest
+
+check: setup proto-check ## Lint, security rules, formatting, strict types, layering
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+proto: setup ## Generates the code of proto/staffetta/v1
+	@cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+	  --plugin=protoc-gen-mypy=../$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=../$(BIN)/protoc-gen-mypy_grpc \
+	  --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS:proto/%=%)
+
+proto-check: setup ## Fails when the committed generated code is not what `make proto` makes
+	@$(BIN)/python -m tests.proto_check

@@ -1,0 +1,1 @@
+"""Model architectures: each file is the architecture and nothing else."""

@@ -1,0 +1,1 @@
+"""The gateway: two doors, one journey. It validates, tokenizes, routes and streams; it never imports torch."""

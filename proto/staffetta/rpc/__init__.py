@@ -1,0 +1,1 @@
+"""How Staffetta's processes speak gRPC: servers, channels, status, logging, registration."""
