@@ -3,8 +3,10 @@
 isort:skip_file
 The operator's door to one worker."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from staffetta.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -107,6 +109,7 @@ class GetLoadResponse(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     NUM_DESCRIPTORS_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
+    HANDOFFS_FIELD_NUMBER: _builtins.int
     total_blocks: _builtins.int
     """Counts all KV blocks."""
     free_blocks: _builtins.int
@@ -135,6 +138,10 @@ class GetLoadResponse(_message.Message):
     """Counts open file descriptors of the process."""
     is_draining: _builtins.bool
     """Says that no new requests are taken."""
+    @_builtins.property
+    def handoffs(self) -> _containers.RepeatedCompositeFieldContainer[Global___HandoffCount]:
+        """Counts hand-offs by how they went: decode role only."""
+
     def __init__(
         self,
         *,
@@ -152,14 +159,45 @@ class GetLoadResponse(_message.Message):
         num_threads: _builtins.int = ...,
         num_descriptors: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
+        handoffs: _abc.Iterable[Global___HandoffCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "engine_steps", b"engine_steps", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "num_descriptors", b"num_descriptors", "num_held", b"num_held", "num_running", b"num_running", "num_sessions", b"num_sessions", "num_tasks", b"num_tasks", "num_threads", b"num_threads", "num_waiting", b"num_waiting", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "engine_steps", b"engine_steps", "free_blocks", b"free_blocks", "handoffs", b"handoffs", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "num_descriptors", b"num_descriptors", "num_held", b"num_held", "num_running", b"num_running", "num_sessions", b"num_sessions", "num_tasks", b"num_tasks", "num_threads", b"num_threads", "num_waiting", b"num_waiting", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015
+
+@_typing.final
+class HandoffCount(_message.Message):
+    """Counts hand-offs that ended in one way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    state: _builtins.str
+    """Names the state in which the hand-off was when it ended: "open", "pulling", "committed"."""
+    outcome: _builtins.str
+    """Names the end: "done", "failed", "abandoned"."""
+    count: _builtins.int
+    """Counts them since the worker's start."""
+    def __init__(
+        self,
+        *,
+        state: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "outcome", b"outcome", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandoffCount: _TypeAlias = HandoffCount  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

@@ -1,0 +1,107 @@
+"""The one configuration schema: every setting of every role, its default, its meaning.
+
+Flags, YAML keys and `STAFFETTA_…` variables are all derived from these dataclasses by `staffetta.config.load`; nothing else
+names a setting. A field's `help` is what `--help` prints; `secret` fields are never printed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(default: Any, text: str, *, secret: bool = False) -> Any:
+    """Declares one setting with its default and its help text."""
+    return field(default=default, metadata={"help": text, "secret": secret})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What is served. Every role reads it: workers load weights, the gateway only the tokenizer and its neighbours."""
+
+    model: str = setting("demo", "Hugging Face directory, or `demo` for the embedded model")
+    served_model_name: str = setting("", "name that clients use; empty means the directory's name")
+    max_model_len: int = setting(0, "bound on prompt and generated tokens together; 0 means the model's own")
+    cluster_key: str = setting("", "hexadecimal key of the block-hash chain, the same for all; empty draws one", secret=True)
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig(ModelConfig):
+    """What prefill and decode workers have in common."""
+
+    worker_id: str = setting("", "name, unique in the cluster, [A-Za-z0-9._-]{1,64}; empty derives one from role and pid")
+    listen: str = setting("127.0.0.1:0", "host:port of the gRPC server; port 0 takes a free one")
+    advertise: str = setting("", "host:port that peers dial; empty means the listening address")
+    gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto is float32 on CPU")
+    threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
+    block_size: int = setting(16, "token positions in a KV block")
+    num_blocks: int = setting(0, "KV blocks in the pool; 0 derives it from kv_memory")
+    kv_memory: int = setting(64 * 2**20, "bytes for the KV pool when num_blocks is 0")
+    max_batch_tokens: int = setting(512, "token budget of one step")
+    max_sequences: int = setting(64, "sequences computed in one step at most")
+    max_requests: int = setting(1024, "requests held at once, running and waiting; beyond it they are refused")
+    prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
+    transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp, loopback")
+    shm_dir: str = setting("", "directory of the Unix sockets for shm, shared by co-located workers; empty means a private one")
+    transfer_listen: str = setting("127.0.0.1:0", "host:port of the tcp transport; port 0 takes a free one")
+    transfer_advertise: str = setting("", "host:port that tcp readers dial; empty means the listening address")
+    lease_s: float = setting(30.0, "seconds that finished prefill blocks are held without a live session")
+    heartbeat_s: float = setting(1.0, "seconds between heartbeats")
+    failpoints: tuple[str, ...] = setting((), "faults to inject, NAME:ACTION:NTH with ACTION kill, stop or raise; for tests")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig(WorkerConfig):
+    """The prefill role."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig(WorkerConfig):
+    """The decode role."""
+
+    local_prefill: Literal["auto", "never"] = setting(
+        "auto", "auto: short prompts and prompts nobody else can take are prefilled here; never: always hand off"
+    )
+    local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which auto prefills here")
+    handoff_timeout_s: float = setting(10.0, "seconds without progress after which a hand-off is given up")
+    max_handoff_attempts: int = setting(3, "hand-offs tried before the request is prefilled here or fails")
+    prefill_peers: tuple[str, ...] = setting((), "host:port of prefill workers to dial besides those the gateway names")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig(ModelConfig):
+    """The gateway role."""
+
+    http: str = setting("127.0.0.1:8000", "host:port of the REST door")
+    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door and the registry")
+    block_size: int = setting(16, "token positions in a KV block, as the workers have it; for prefix-aware routing")
+    max_requests: int = setting(4096, "requests in flight; beyond it they are refused with a retry hint")
+    max_body_bytes: int = setting(4 * 2**20, "bytes of a request body")
+    credit_tokens: int = setting(256, "tokens a worker may produce ahead of a client that does not read")
+    start_timeout_s: float = setting(30.0, "seconds a request waits for a worker when none is registered")
+    heartbeat_s: float = setting(1.0, "seconds between heartbeats on sessions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig(ModelConfig):
+    """`staffetta serve`: everything on this machine. Settings of single roles are passed on."""
+
+    prefill: int = setting(1, "prefill workers")
+    decode: int = setting(1, "decode workers")
+    http: str = setting("127.0.0.1:8000", "host:port of the REST door")
+    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door")
+    once: str = setting("", "prompt to answer once, then exit")
+    no_local_prefill: bool = setting(False, "decode workers never prefill: every prompt is handed over")
+    local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which a decode worker prefills on its own")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto is float32 on CPU")
+    threads: int = setting(0, "threads per worker; 0 shares the cores out")
+    block_size: int = setting(16, "token positions in a KV block")
+    num_blocks: int = setting(0, "KV blocks of each worker; 0 derives it from kv_memory")
+    kv_memory: int = setting(64 * 2**20, "bytes for each worker's KV pool when num_blocks is 0")
+    max_batch_tokens: int = setting(512, "token budget of one step")
+    max_sequences: int = setting(64, "sequences computed in one step at most")
+    transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp")
+    prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
+    drain_s: float = setting(10.0, "seconds that running requests get to finish after Ctrl-C")
+    prefill_failpoints: tuple[str, ...] = setting((), "faults to inject into prefill workers; for tests")
+    decode_failpoints: tuple[str, ...] = setting((), "faults to inject into decode workers; for tests")

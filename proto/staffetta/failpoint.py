@@ -1,0 +1,49 @@
+"""Faults at named places, for tests of what must survive them. Nothing happens unless a worker was configured so.
+
+A spec is `NAME:ACTION:NTH`: at the NTH time (from 1) that `hit(NAME)` is called in this process, ACTION happens: `kill`
+(SIGKILL), `stop` (SIGSTOP) or `raise`.
+"""
+
+import os
+import signal
+from dataclasses import dataclass
+
+ACTIONS = ("kill", "stop", "raise")
+
+
+class FailpointError(RuntimeError):
+    """Raised by a failpoint whose action is `raise`."""
+
+
+@dataclass(slots=True)
+class _Armed:
+    action: str
+    remaining: int
+
+
+_armed: dict[str, _Armed] = {}
+
+
+def arm(specs: tuple[str, ...]) -> None:
+    """Arms this process's failpoints, replacing earlier ones. Raises ValueError for a spec that is not one."""
+    armed: dict[str, _Armed] = {}
+    for spec in specs:
+        name, _, rest = spec.partition(":")
+        action, _, nth = rest.partition(":")
+        if not name or action not in ACTIONS or not nth.isdecimal() or int(nth) < 1:
+            raise ValueError(f"failpoint {spec!r} is not NAME:ACTION:NTH with ACTION one of {', '.join(ACTIONS)}")
+        armed[name] = _Armed(action, int(nth))
+    _armed.clear()
+    _armed.update(armed)
+
+
+def hit(name: str) -> None:
+    """Marks that execution passed the place `name`."""
+    if not _armed or (armed := _armed.get(name)) is None:
+        return
+    armed.remaining -= 1
+    if armed.remaining != 0:
+        return
+    if armed.action == "raise":
+        raise FailpointError(name)
+    os.kill(os.getpid(), signal.SIGKILL if armed.action == "kill" else signal.SIGSTOP)
