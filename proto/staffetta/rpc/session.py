@@ -1,0 +1,115 @@
+"""One end of a session stream: numbered messages, one writer, a bound on what waits, a watch on silence.
+
+Both halves of `DecodeService.Session` and `PrefillService.Session`, client and server, are a `SessionPipe`. The owner
+runs `run_writer` and `run_heartbeat` as tasks and consumes `receive`. What the messages mean is the owner's business.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar, cast
+
+import grpc.aio
+
+from staffetta.errors import ProtocolError, WorkerLostError
+from staffetta.rpc.options import MAX_MESSAGE_BYTES
+
+PROTOCOL_VERSION = 1
+SILENT_HEARTBEATS = 3
+MAX_PENDING_MESSAGES = 16384
+TOKEN_IDS_PER_MESSAGE = 32 * 1024
+"""A varint of a token id takes at most 5 bytes, so a full part stays below the message bound."""
+
+
+class Numbered(Protocol):
+    """A protobuf message of a session."""
+
+    sequence_number: int
+
+    def ByteSize(self) -> int:  # noqa: N802 - protobuf's name
+        """Serialized size in bytes."""
+
+
+In = TypeVar("In", bound=Numbered)
+Out = TypeVar("Out", bound=Numbered)
+
+
+class SessionPipe(Generic[In, Out]):
+    """One end of a session. Event loop only.
+
+    `send` never waits: messages queue up and one task writes them in order. The queue is bounded by the credits of the
+    requests it carries; should it still reach `MAX_PENDING_MESSAGES`, the peer does not read and the session is ended.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Awaitable[object]],
+        write: Callable[[Out], Awaitable[None]],
+        *,
+        heartbeat_s: float,
+    ) -> None:
+        self._read = read
+        self._write = write
+        self._heartbeat_s = heartbeat_s
+        self._pending: deque[Out] = deque()
+        self._has_pending = asyncio.Event()
+        self._is_drained = asyncio.Event()
+        self._is_drained.set()
+        self._num_sent = 0
+        self._num_received = 0
+        self._is_overrun = False
+
+    def send(self, message: Out) -> None:
+        """Numbers `message` and queues it. Raises ProtocolError for one above the bound of 256 KiB."""
+        self._num_sent += 1
+        message.sequence_number = self._num_sent
+        if message.ByteSize() > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"a session message has {message.ByteSize()} bytes, the bound is {MAX_MESSAGE_BYTES}")
+        if len(self._pending) >= MAX_PENDING_MESSAGES:
+            self._is_overrun = True
+        else:
+            self._pending.append(message)
+        self._is_drained.clear()
+        self._has_pending.set()
+
+    async def flush(self) -> None:
+        """Waits until everything queued so far has been handed to the transport."""
+        await self._is_drained.wait()
+
+    async def run_writer(self) -> None:
+        """Writes queued messages until cancelled. Raises WorkerLostError when the peer does not read."""
+        while True:
+            await self._has_pending.wait()
+            self._has_pending.clear()
+            while self._pending:
+                await self._write(self._pending.popleft())
+            if self._is_overrun:
+                raise WorkerLostError(f"the peer left {MAX_PENDING_MESSAGES} messages unread")
+            self._is_drained.set()
+
+    async def run_heartbeat(self, make: Callable[[], Out]) -> None:
+        """Sends `make()` every heartbeat interval until cancelled."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            self.send(make())
+
+    async def receive(self) -> In | None:
+        """The next message, or None at the stream's end.
+
+        Raises WorkerLostError after three heartbeat intervals of silence and ProtocolError for a gap in the numbers.
+        """
+        limit_s = self._heartbeat_s * SILENT_HEARTBEATS
+        try:
+            async with asyncio.timeout(limit_s):
+                message = await self._read()
+        except TimeoutError:
+            raise WorkerLostError(f"the peer was silent for {limit_s:g} s") from None
+        if message is grpc.aio.EOF:
+            return None
+        numbered = cast(In, message)
+        self._num_received += 1
+        if numbered.sequence_number != self._num_received:
+            raise ProtocolError(
+                f"message {numbered.sequence_number} came where {self._num_received} was due; the session ends"
+            )
+        return numbered
