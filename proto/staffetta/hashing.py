@@ -1,7 +1,7 @@
 """The block-hash chain: names a run of tokens together with everything before it.
 
-Keyed BLAKE2b over (parent hash, token ids), rooted in (tenant salt, adapter). Whoever lacks the cluster key cannot make two
-prompts collide, nor tell from a hash what it names.
+Keyed BLAKE2b over (parent hash, token ids), rooted in (tenant salt, adapter). Whoever lacks the cluster key cannot make
+two prompts collide, nor tell from a hash what it names.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The one configuration schema: every setting of every role, its default, its meaning.
 
-Flags, YAML keys and `STAFFETTA_…` variables are all derived from these dataclasses by `staffetta.config.load`; nothing else
-names a setting. A field's `help` is what `--help` prints; `secret` fields are never printed.
+Flags, YAML keys and `STAFFETTA_…` variables are all derived from these dataclasses by `staffetta.config.load`; nothing
+else names a setting. A field's `help` is what `--help` prints; `secret` fields are never printed.
 """
 
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class ModelConfig:
     served_model_name: str = setting("", "name that clients use; empty means the directory's name")
     max_model_len: int = setting(0, "bound on prompt and generated tokens together; 0 means the model's own")
     cluster_key: str = setting(
-        "", "hexadecimal key of the block-hash chain, the same for all; empty draws one", secret=True
+        "", "hexadecimal key of the block-hash chain, equal for all; empty draws one", secret=True
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
 
@@ -30,15 +30,11 @@ class ModelConfig:
 class WorkerConfig(ModelConfig):
     """What prefill and decode workers have in common."""
 
-    worker_id: str = setting(
-        "", "name, unique in the cluster, [A-Za-z0-9._-]{1,64}; empty derives one from role and pid"
-    )
+    worker_id: str = setting("", "unique name, [A-Za-z0-9._-]{1,64}; empty derives one from role and pid")
     listen: str = setting("127.0.0.1:0", "host:port of the gRPC server; port 0 takes a free one")
     advertise: str = setting("", "host:port that peers dial; empty means the listening address")
     gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "type of computation and KV; auto is float32 on CPU"
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
     threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
     block_size: int = setting(16, "token positions in a KV block")
     num_blocks: int = setting(0, "KV blocks in the pool; 0 derives it from kv_memory")
@@ -48,15 +44,13 @@ class WorkerConfig(ModelConfig):
     max_requests: int = setting(1024, "requests held at once, running and waiting; beyond it they are refused")
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp, loopback")
-    shm_dir: str = setting(
-        "", "directory of the Unix sockets for shm, shared by co-located workers; empty means a private one"
-    )
+    shm_dir: str = setting("", "directory of the shm sockets, shared by co-located workers; empty: a private one")
     transfer_listen: str = setting("127.0.0.1:0", "host:port of the tcp transport; port 0 takes a free one")
     transfer_advertise: str = setting("", "host:port that tcp readers dial; empty means the listening address")
     lease_s: float = setting(30.0, "seconds that finished prefill blocks are held without a live session")
     heartbeat_s: float = setting(1.0, "seconds between heartbeats")
     failpoints: tuple[str, ...] = setting(
-        (), "faults to inject, NAME:ACTION:NTH with ACTION kill, stop or raise; for tests"
+        (), "faults to inject, NAME:ACTION:NTH, ACTION kill, stop or raise; for tests"
     )
 
 
@@ -102,12 +96,8 @@ class ServeConfig(ModelConfig):
     grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door")
     once: str = setting("", "prompt to answer once, then exit")
     no_local_prefill: bool = setting(False, "decode workers never prefill: every prompt is handed over")
-    local_prefill_max_tokens: int = setting(
-        32, "uncached prompt tokens up to which a decode worker prefills on its own"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "type of computation and KV; auto is float32 on CPU"
-    )
+    local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which decode prefills on its own")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
     threads: int = setting(0, "threads per worker; 0 shares the cores out")
     block_size: int = setting(16, "token positions in a KV block")
     num_blocks: int = setting(0, "KV blocks of each worker; 0 derives it from kv_memory")

@@ -59,6 +59,6 @@ class RpcServer:
         """Refuses new calls, gives running ones `grace_s` seconds, then cancels them."""
         await self.grpc.stop(grace_s)
 
-    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus.ValueType") -> None:
+    async def _set_health(self, status: int) -> None:
         for name in ("", *self._service_names):
             await self._health.set(name, status)
