@@ -1,14 +1,15 @@
 """Faults at named places, for tests of what must survive them. Nothing happens unless a worker was configured so.
 
 A spec is `NAME:ACTION:NTH`: at the NTH time (from 1) that `hit(NAME)` is called in this process, ACTION happens: `kill`
-(SIGKILL), `stop` (SIGSTOP) or `raise`.
+(SIGKILL), `stop` (SIGSTOP) or `raise`. With the action `on`, `is_on(NAME)` is true from the NTH time on: the place itself
+knows what to spoil.
 """
 
 import os
 import signal
 from dataclasses import dataclass
 
-ACTIONS = ("kill", "stop", "raise")
+ACTIONS = ("kill", "stop", "raise", "on")
 
 
 class FailpointError(RuntimeError):
@@ -44,6 +45,15 @@ def hit(name: str) -> None:
     armed.remaining -= 1
     if armed.remaining != 0:
         return
+    if armed.action == "on":
+        return
     if armed.action == "raise":
         raise FailpointError(name)
     os.kill(os.getpid(), signal.SIGKILL if armed.action == "kill" else signal.SIGSTOP)
+
+
+def is_on(name: str) -> bool:
+    """Marks that execution passed the place `name`, and says whether it should spoil something now."""
+    hit(name)
+    armed = _armed.get(name)
+    return armed is not None and armed.action == "on" and armed.remaining <= 0

@@ -7,10 +7,16 @@ else names a setting. A field's `help` is what `--help` prints; `secret` fields 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Form = Literal["plain", "bytes", "address", "key"]
+"""What a setting's text must look like: `bytes` takes 64MiB, `address` is host:port, `key` is 16 to 64 bytes as hex."""
 
-def setting(default: Any, text: str, *, secret: bool = False) -> Any:
-    """Declares one setting with its default and its help text."""
-    return field(default=default, metadata={"help": text, "secret": secret})
+
+def setting(default: Any, text: str, *, form: Form = "plain", minimum: int = 0, secret: bool = False) -> Any:
+    """Declares one setting: its default, its help text, the form of its text, and for a number its least value.
+
+    Every number is a count, a size or a duration, hence never negative.
+    """
+    return field(default=default, metadata={"help": text, "form": form, "minimum": minimum, "secret": secret})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +27,7 @@ class ModelConfig:
     served_model_name: str = setting("", "name that clients use; empty means the directory's name")
     max_model_len: int = setting(0, "bound on prompt and generated tokens together; 0 means the model's own")
     cluster_key: str = setting(
-        "", "hexadecimal key of the block-hash chain, equal for all; empty draws one", secret=True
+        "", "hexadecimal key of the block-hash chain, equal for all; empty draws one", form="key", secret=True
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
 
@@ -31,24 +37,31 @@ class WorkerConfig(ModelConfig):
     """What prefill and decode workers have in common."""
 
     worker_id: str = setting("", "unique name, [A-Za-z0-9._-]{1,64}; empty derives one from role and pid")
-    listen: str = setting("127.0.0.1:0", "host:port of the gRPC server; port 0 takes a free one")
-    advertise: str = setting("", "host:port that peers dial; empty means the listening address")
-    gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with")
+    listen: str = setting("127.0.0.1:0", "host:port of the gRPC server; port 0 takes a free one", form="address")
+    advertise: str = setting("", "host:port that peers dial; empty means the listening address", form="address")
+    gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with", form="address")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
     threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
-    block_size: int = setting(16, "token positions in a KV block")
+    block_size: int = setting(16, "token positions in a KV block", minimum=1)
     num_blocks: int = setting(0, "KV blocks in the pool; 0 derives it from kv_memory")
-    kv_memory: int = setting(64 * 2**20, "bytes for the KV pool when num_blocks is 0")
-    max_batch_tokens: int = setting(512, "token budget of one step")
-    max_sequences: int = setting(64, "sequences computed in one step at most")
-    max_requests: int = setting(1024, "requests held at once, running and waiting; beyond it they are refused")
+    kv_memory: int = setting(64 * 2**20, "bytes for the KV pool when num_blocks is 0", form="bytes")
+    max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
+    max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
+    max_requests: int = setting(
+        1024, "requests held at once, running and waiting; beyond it they are refused", minimum=1
+    )
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp, loopback")
     shm_dir: str = setting("", "directory of the shm sockets, shared by co-located workers; empty: a private one")
-    transfer_listen: str = setting("127.0.0.1:0", "host:port of the tcp transport; port 0 takes a free one")
-    transfer_advertise: str = setting("", "host:port that tcp readers dial; empty means the listening address")
+    transfer_listen: str = setting(
+        "127.0.0.1:0", "host:port of the tcp transport; port 0 takes a free one", form="address"
+    )
+    transfer_advertise: str = setting(
+        "", "host:port that tcp readers dial; empty means the listening address", form="address"
+    )
     lease_s: float = setting(30.0, "seconds that finished prefill blocks are held without a live session")
     heartbeat_s: float = setting(1.0, "seconds between heartbeats")
+    drain_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
     failpoints: tuple[str, ...] = setting(
         (), "faults to inject, NAME:ACTION:NTH, ACTION kill, stop or raise; for tests"
     )
@@ -68,22 +81,27 @@ class DecodeConfig(WorkerConfig):
     )
     local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which auto prefills here")
     handoff_timeout_s: float = setting(10.0, "seconds without progress after which a hand-off is given up")
-    max_handoff_attempts: int = setting(3, "hand-offs tried before the request is prefilled here or fails")
-    prefill_peers: tuple[str, ...] = setting((), "host:port of prefill workers to dial besides those the gateway names")
+    max_handoff_attempts: int = setting(3, "hand-offs tried before the request is prefilled here or fails", minimum=1)
+    prefill_peers: tuple[str, ...] = setting(
+        (), "host:port of prefill workers to dial besides those the gateway names", form="address"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig(ModelConfig):
     """The gateway role."""
 
-    http: str = setting("127.0.0.1:8000", "host:port of the REST door")
-    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door and the registry")
-    block_size: int = setting(16, "token positions in a KV block, as the workers have it; for prefix-aware routing")
-    max_requests: int = setting(4096, "requests in flight; beyond it they are refused with a retry hint")
-    max_body_bytes: int = setting(4 * 2**20, "bytes of a request body")
-    credit_tokens: int = setting(256, "tokens a worker may produce ahead of a client that does not read")
+    http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
+    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door and the registry", form="address")
+    block_size: int = setting(
+        16, "token positions in a KV block, as the workers have it; for prefix-aware routing", minimum=1
+    )
+    max_requests: int = setting(4096, "requests in flight; beyond it they are refused with a retry hint", minimum=1)
+    max_body_bytes: int = setting(4 * 2**20, "bytes of a request body", form="bytes", minimum=1)
+    credit_tokens: int = setting(256, "tokens a worker may produce ahead of a client that does not read", minimum=1)
     start_timeout_s: float = setting(30.0, "seconds a request waits for a worker when none is registered")
     heartbeat_s: float = setting(1.0, "seconds between heartbeats on sessions")
+    drain_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,21 +109,35 @@ class ServeConfig(ModelConfig):
     """`staffetta serve`: everything on this machine. Settings of single roles are passed on."""
 
     prefill: int = setting(1, "prefill workers")
-    decode: int = setting(1, "decode workers")
-    http: str = setting("127.0.0.1:8000", "host:port of the REST door")
-    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door")
+    decode: int = setting(1, "decode workers", minimum=1)
+    http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
+    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door", form="address")
     once: str = setting("", "prompt to answer once, then exit")
     no_local_prefill: bool = setting(False, "decode workers never prefill: every prompt is handed over")
     local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which decode prefills on its own")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
     threads: int = setting(0, "threads per worker; 0 shares the cores out")
-    block_size: int = setting(16, "token positions in a KV block")
+    block_size: int = setting(16, "token positions in a KV block", minimum=1)
     num_blocks: int = setting(0, "KV blocks of each worker; 0 derives it from kv_memory")
-    kv_memory: int = setting(64 * 2**20, "bytes for each worker's KV pool when num_blocks is 0")
-    max_batch_tokens: int = setting(512, "token budget of one step")
-    max_sequences: int = setting(64, "sequences computed in one step at most")
+    kv_memory: int = setting(64 * 2**20, "bytes for each worker's KV pool when num_blocks is 0", form="bytes")
+    max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
+    max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp")
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     drain_s: float = setting(10.0, "seconds that running requests get to finish after Ctrl-C")
     prefill_failpoints: tuple[str, ...] = setting((), "faults to inject into prefill workers; for tests")
     decode_failpoints: tuple[str, ...] = setting((), "faults to inject into decode workers; for tests")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """`staffetta ask` and `staffetta chat`: clients of a gateway that runs already."""
+
+    address: str = setting("127.0.0.1:50051", "host:port of the gateway's gRPC door", form="address")
+    prompt_as: Literal["chat", "text"] = setting("chat", "chat: through the model's template; text: as it is")
+    system: str = setting("", "system message that opens the chat")
+    temperature: float | None = setting(None, "divides the logits, 0 is greedy; unset: the model's own")
+    top_p: float | None = setting(None, "share of probability to sample from; unset: the model's own")
+    max_tokens: int | None = setting(None, "most tokens to generate; unset: what the context leaves", minimum=1)
+    seed: int | None = setting(None, "key of the random numbers; unset: the gateway draws one")
+    timeout_s: float = setting(300.0, "seconds that one answer may take")

@@ -1,12 +1,12 @@
 """One end of a session stream: numbered messages, one writer, a bound on what waits, a watch on silence.
 
 Both halves of `DecodeService.Session` and `PrefillService.Session`, client and server, are a `SessionPipe`. The owner
-runs `run_writer` and `run_heartbeat` as tasks and consumes `receive`. What the messages mean is the owner's business.
+awaits `run` with a coroutine that consumes `receive`. What the messages mean is the owner's business.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Generic, Protocol, TypeVar, cast
 
 import grpc.aio
@@ -76,7 +76,23 @@ class SessionPipe(Generic[In, Out]):
         """Waits until everything queued so far has been handed to the transport."""
         await self._is_drained.wait()
 
-    async def run_writer(self) -> None:
+    async def run(self, consume: Coroutine[object, object, None], *, make_heartbeat: Callable[[], Out]) -> None:
+        """Runs the session until `consume`, which receives its messages, returns or anything raises; then ends the rest."""
+        tasks = [
+            asyncio.create_task(consume),
+            asyncio.create_task(self._run_writer()),
+            asyncio.create_task(self._run_heartbeat(make_heartbeat)),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run_writer(self) -> None:
         """Writes queued messages until cancelled. Raises WorkerLostError when the peer does not read."""
         while True:
             await self._has_pending.wait()
@@ -87,7 +103,7 @@ class SessionPipe(Generic[In, Out]):
                 raise WorkerLostError(f"the peer left {MAX_PENDING_MESSAGES} messages unread")
             self._is_drained.set()
 
-    async def run_heartbeat(self, make: Callable[[], Out]) -> None:
+    async def _run_heartbeat(self, make: Callable[[], Out]) -> None:
         """Sends `make()` every heartbeat interval until cancelled."""
         while True:
             await asyncio.sleep(self._heartbeat_s)

@@ -1,0 +1,21 @@
+"""The process's environment: the one module of the project that reads it."""
+
+import os
+from collections.abc import Mapping
+from typing import Final
+
+PREFIX: Final = "STAFFETTA_"
+
+
+def process_environment() -> Mapping[str, str]:
+    """The environment as it is now; a copy."""
+    return dict(os.environ)
+
+
+def child_environment(**variables: str) -> dict[str, str]:
+    """This process's environment for a child whose settings are handed over resolved: ours removed, `variables` set.
+
+    A child must not read a setting a second time, least of all one that a flag has overruled, and secrets stay out of it.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+    return inherited | variables
