@@ -138,6 +138,18 @@ class HandoffFailedError(UnavailableError):
     reason = "HANDOFF_FAILED"
 
 
+class TransportError(UnavailableError):
+    """A transport could not bring the blocks: no connection, a broken one, or a refused ticket. The pool is unharmed."""
+
+    reason = "TRANSPORT_FAILED"
+
+
+class CorruptBlockError(UnavailableError):
+    """A block that was read is not the block that was announced; it must be read again or recomputed."""
+
+    reason = "CORRUPT_BLOCK"
+
+
 class DrainingError(UnavailableError):
     """The worker takes no new requests because it is about to end."""
 
