@@ -1,8 +1,8 @@
 """How a command ends: its exit code, and what it tells the person who started it when it cannot go on.
 
-Failures of single requests are in `staffetta.errors`; these are failures of a process to start or to run. `run` is the one
-place that turns them into text and code, so that nobody reads a traceback for a mistake of their own. It never hides a
-defect: whatever is not an `OperatorError` keeps its traceback.
+Failures of single requests are in `staffetta.errors`; these are failures of a process to start or to run. `run` is the
+one place that turns them into text and code, so that nobody reads a traceback for a mistake of their own. It never
+hides a defect: whatever is not an `OperatorError` keeps its traceback.
 """
 
 import sys
@@ -27,8 +27,10 @@ REPEATING = frozenset({ExitCode.USAGE, ExitCode.DOES_NOT_FIT, ExitCode.MODEL_NOT
 
 
 class OperatorError(Exception):
-    """A process cannot do what it was told: `name` is upper snake case, `what` and `why` are sentences with the numbers,
-    `fix` is a line to paste."""
+    """A process cannot do what it was told.
+
+    `name` is upper snake case; `what` and `why` say it with the numbers; `fix` is a line to paste.
+    """
 
     exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
 

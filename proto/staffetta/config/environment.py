@@ -15,7 +15,7 @@ def process_environment() -> Mapping[str, str]:
 def child_environment(**variables: str) -> dict[str, str]:
     """This process's environment for a child whose settings are handed over resolved: ours removed, `variables` set.
 
-    A child must not read a setting a second time, least of all one that a flag has overruled, and secrets stay out of it.
+    A child must not read a setting twice, least of all one that a flag has overruled; and secrets stay out of it.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return inherited | variables
