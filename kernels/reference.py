@@ -1,0 +1,193 @@
+"""Plain torch: the specification of the values of every operation. Faster backends are judged against it.
+
+Shapes use T for token rows of a flat batch, H and KVH for query and KV heads, D for head_dim, BS for block size, b for
+bytes per element. Pages of a group of L layers are one tensor [num_blocks, KVH, L, 2, BS, D], keys at index 0, values
+at 1; slot = block id x BS + offset. Inputs may be strided, any row count may be 0. Sums are carried in float32 whatever
+the type of the tensors. Nothing here keeps state, looks at another sequence's pages, or promises an order of summation:
+equality is within rounding, and only a backend that says so is bitwise equal to itself.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.backend import Spans
+from kernels.rope import LinearScaling, Llama3Scaling, Rope
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of a table: out[t] = weight[token_ids[t]].
+
+    token_ids: [T], int64. weight: [vocab_size, hidden]. Returns [T, hidden] in weight's dtype. Raises IndexError for a
+    token id outside the table. Bytes: 2 T hidden b.
+    """
+    return functional.embedding(token_ids, weight)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[t, n] = sum over k of x[t, k] weight[n, k], plus bias[n].
+
+    x: [T, K]. weight: [N, K]. bias: [N]. All of one dtype; returns [T, N] in it. FLOPs: 2 T N K. Bytes: (T K + N K + T
+    N) b, which bound it while T is below the machine's FLOPs per byte.
+    """
+    return functional.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """out = x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight; all but the last product in float32.
+
+    The mean is over the last dimension. x: [T, hidden]. weight: [hidden]. Returns x's shape and dtype. Bytes: 2 T
+    hidden b. Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Adds, then norms: returns (rms_norm(s), s) with s = x + residual, rounded to their dtype.
+
+    x, residual: [T, hidden]. Neither is written to. Bytes: 4 T hidden b.
+    """
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rope_tables(rope: Rope, *, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angle[p, i] = p f_i with f_i = theta^(-2 i / head_dim), scaled as `rope.scaling` says.
+
+    Returns two tensors [num_positions, head_dim / 2], float32. Frequencies and angles are float32 throughout, because
+    models were trained on exactly those. Linear: f / factor. Llama 3: with wavelength w = 2 pi / f and original length
+    n, f / factor where w > n / low_freq_factor, f where w < n / high_freq_factor, else (1 - s) f / factor + s f with s
+    = (n / w - low_freq_factor) / (high_freq_factor - low_freq_factor). Raises ValueError for another kind of scaling,
+    or an odd head_dim.
+    """
+    if head_dim % 2:
+        raise ValueError(f"rotary embedding needs an even head_dim, not {head_dim}")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = _scale(1.0 / rope.theta**exponents, rope)
+    angles = torch.arange(num_positions, dtype=torch.int64).float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _scale(frequencies: Tensor, rope: Rope) -> Tensor:
+    match rope.scaling:
+        case None:
+            return frequencies
+        case LinearScaling(factor):
+            return frequencies / factor
+        case Llama3Scaling() as s:
+            lengths = s.original_max_position_embeddings / (2 * math.pi / frequencies)
+            share = (lengths - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+            share = share.clamp(0.0, 1.0)
+            return (1 - share) * frequencies / s.factor + share * frequencies
+        case unknown:
+            raise ValueError(f"unknown rope scaling {unknown!r}; supported: None, LinearScaling, Llama3Scaling")
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + D/2]) by the row's angles: (a cos - b sin, b cos + a sin).
+
+    x: [T, heads, D]. cos, sin: [T, D / 2], float32: the rows' entries of the tables. Computed in float32; returns x's
+    shape and dtype, contiguous. Bytes: 2 T heads D b. Su et al. 2021, arXiv 2104.09864, equation 34, in the half-split
+    pairing in which Llama checkpoints are stored.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """out = gate / (1 + exp(-gate)) * up, the gated half of SwiGLU (Shazeer 2020, arXiv 2002.05202, equation 5).
+
+    gate, up: [T, intermediate]. Returns the same shape and dtype. Bytes: 3 T intermediate b.
+    """
+    return functional.silu(gate) * up
+
+
+def write_kv(keys: Tensor, values: Tensor, pages: Tensor, *, layer: int, slots: Tensor) -> None:
+    """Writes row t's key and value of every head into slot slots[t] of `layer`. In place; touches no other byte.
+
+    keys, values: [T, KVH, D], of the pages' dtype. pages: [num_blocks, KVH, L, 2, BS, D]. slots: [T], int64, distinct.
+    Raises IndexError for a slot outside the pages. Bytes: 4 T KVH D b.
+    """
+    block_size = pages.shape[-2]
+    blocks, offsets = slots // block_size, slots % block_size
+    by_slot = pages[:, :, layer].permute(0, 3, 2, 1, 4)  # [num_blocks, BS, 2, KVH, D]
+    by_slot[blocks, offsets] = torch.stack((keys, values), dim=1)
+
+
+def paged_attention(query: Tensor, pages: Tensor, spans: Spans, *, layer: int, scale: float) -> Tensor:
+    """Causal attention of each sequence's queries over its own paged context; whole, chunked prefill and decode alike.
+
+    out[t, h] = sum over j <= p of softmax_j(scale query[t, h] . key[j, h KVH / H]) value[j, h KVH / H], where p is row
+    t's position in its sequence: its queries are the last rows of its context.
+
+    query: [T, H, D], H a multiple of KVH; heads share KV heads in runs (GQA, Ainslie et al. 2023, arXiv 2305.13245).
+    pages: [num_blocks, KVH, L, 2, BS, D], holding this step's keys and values already. Returns [T, H, D], query's
+    dtype.
+
+    Each sequence is computed alone, over exactly its context, so neither its neighbours nor what stale blocks hold
+    beyond it (NaN included) can reach its result. Bytes: 2 b KVH D per context token, which bound decode; FLOPs: 4 H D
+    per pair of query and visible key, which bound prefill. Vaswani et al. 2017, section 3.2.1; pages as in Kwon et al.
+    2023, arXiv 2309.06180, section 4.1.
+    """
+    _, num_kv_heads, _, _, block_size, head_dim = pages.shape
+    starts, contexts = spans.query_starts.tolist(), spans.context_lens.tolist()
+    by_head = pages[:, :, layer].permute(1, 2, 0, 3, 4)  # [KVH, 2, num_blocks, BS, D]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for sequence, context in enumerate(contexts):
+        start, end = starts[sequence], starts[sequence + 1]
+        block_ids = spans.block_tables[sequence, : -(-context // block_size)]
+        context_kv = by_head.index_select(2, block_ids).view(num_kv_heads, 2, -1, head_dim)[:, :, :context]
+        attended = functional.scaled_dot_product_attention(
+            query[start:end].transpose(0, 1)[None],
+            context_kv[None, :, 0],
+            context_kv[None, :, 1],
+            attn_mask=_causal_mask(end - start, context),
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+def _causal_mask(num_queries: int, context: int) -> Tensor | None:
+    """True where a query may look; None when the only query sees everything. [num_queries, context], bool."""
+    if num_queries == 1:
+        return None
+    return torch.ones(num_queries, context, dtype=torch.bool).tril(context - num_queries)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """out = x - log(sum(exp(x))) over the last dimension, with the maximum taken out first.
+
+    logits: [rows, vocab_size]. Returns float32, same shape. Bytes: rows vocab_size (b + 4).
+    """
+    return functional.log_softmax(logits.float(), dim=-1)
+
+
+class ReferenceBackend:
+    """This module's functions as a `Backend`. The arithmetic is torch's: its version is part of the instruction set."""
+
+    name = "cpu (reference)"
+    abi_version = 1
+
+    @property
+    def instruction_set(self) -> str:
+        """Torch's own choice of vector instructions on this machine, and its version: `avx512-torch2.13`."""
+        version = ".".join(torch.__version__.split(".")[:2])
+        return f"{torch.backends.cpu.get_cpu_capability().lower()}-torch{version}"
+
+    embedding = staticmethod(embedding)
+    linear = staticmethod(linear)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    rope_tables = staticmethod(rope_tables)
+    apply_rope = staticmethod(apply_rope)
+    silu_mul = staticmethod(silu_mul)
+    write_kv = staticmethod(write_kv)
+    paged_attention = staticmethod(paged_attention)
+    log_softmax = staticmethod(log_softmax)
