@@ -1,0 +1,106 @@
+"""Computes steps: slices in, tokens out, with keys and values written into a pool that other processes may be reading.
+
+The runner decides nothing and remembers nothing between steps but the pool's bytes; a step that is run again writes the
+same ones.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.identity import numerics_digest
+from engine.model_config import ModelConfig
+from engine.models.llama import Llama, tensor_shapes
+from engine.request import SampledToken
+from engine.sampler import Draw, sample
+from engine.step import SequenceSlice
+from engine.weights import TORCH_DTYPES, load_weights
+from kernels.backend import Backend, select
+from kvtransfer.layout import KVLayout
+
+
+def load_runner(
+    directory: Path,
+    config: ModelConfig,
+    layout: KVLayout,
+    *,
+    pool: memoryview,
+    num_blocks: int,
+    threads: int,
+    device: str,
+) -> "ModelRunner":
+    """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
+
+    Sets the process's number of threads for tensor operations to `threads`. Raises ModelRefusedError or
+    ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of the wrong size.
+    """
+    if threads < 1:
+        raise ValueError(f"threads is {threads}, needs at least 1")
+    torch.set_num_threads(threads)
+    weights = load_weights(directory, tensor_shapes(config), dtype=layout.groups[0].dtype)
+    return ModelRunner(config, weights, select(device), layout=layout, pool=pool, num_blocks=num_blocks)
+
+
+class ModelRunner:
+    """The `engine.step.Runner` that has a model. Engine thread only, construction excepted.
+
+    `num_parameters` counts the model's weights, `numerics_digest` names the arithmetic, `backend_name` is for people.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        backend: Backend,
+        *,
+        layout: KVLayout,
+        pool: memoryview,
+        num_blocks: int,
+    ) -> None:
+        """Takes `weights` as `tensor_shapes` declares them, in the layout's dtype.
+
+        `pool` is writable memory of num_blocks x layout.page_bytes bytes; it is used in place and kept until the runner
+        is gone. Raises ValueError when layout, weights or pool do not fit the model.
+        """
+        (group,) = layout.groups
+        expected = config.kv_layout(block_size=group.block_size, dtype=group.dtype, model_digest=layout.model_digest)
+        if layout != expected:
+            raise ValueError(f"layout is {layout}, the model needs {expected}")
+        if pool.readonly or pool.nbytes != num_blocks * layout.page_bytes:
+            raise ValueError(
+                f"pool has {pool.nbytes} bytes (read-only: {pool.readonly}), "
+                f"needs {num_blocks} writable pages of {layout.page_bytes}"
+            )
+        dtype = TORCH_DTYPES[group.dtype]
+        if any(weight.dtype != dtype for weight in weights.values()):
+            raise ValueError(f"weights are not {group.dtype}, as the layout is")
+        self.num_parameters = sum(prod(shape) for shape in tensor_shapes(config).values())
+        self.numerics_digest = numerics_digest(config, backend, dtype=group.dtype, kv_dtype=group.dtype)
+        self.backend_name = backend.name
+        self._backend = backend
+        self._model = Llama(config, weights, backend)
+        self._block_size = group.block_size
+        # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
+        self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)
+
+    @torch.inference_mode()
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
+        """Computes one step, as `engine.step.Runner` says.
+
+        Raises ValueError or IndexError for a slice outside the model's vocabulary, positions or pool, ArithmeticError
+        for logits that are not finite; then some of the step's keys and values may be written, and running it again is
+        safe.
+        """
+        if not slices:
+            return []
+        batch = Batch.from_slices(slices, block_size=self._block_size)
+        hidden = self._model.forward(batch, self._pages)
+        draws = [Draw(part.sampling, part.output_index) for part in slices if part.sampling is not None]
+        if not draws:
+            return [None] * len(slices)
+        tokens = iter(sample(self._model.logits(hidden), draws, self._backend))
+        return [None if part.sampling is None else next(tokens) for part in slices]

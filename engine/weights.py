@@ -1,0 +1,76 @@
+"""Weights from safetensors files, by memory map: every name, shape and type is checked before anything is allocated.
+
+Tensors are copied once, into aligned memory of our own: the map's alignment differs from file to file, and arithmetic
+may follow alignment; and a file replaced under a running worker must not change its model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvtransfer.layout import KVDtype
+from staffetta.identity import ModelRefusedError, weight_names
+
+TORCH_DTYPES: dict[KVDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_STORED_DTYPES = ("F32", "BF16", "F16")
+# Buffers that older exporters wrote out; they are computed from the configuration.
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+_FIX = "use weights and config.json of the same model, exported without quantization"
+
+
+def load_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: KVDtype) -> dict[str, Tensor]:
+    """Returns every tensor that `shapes` declares, converted to `dtype`, contiguous, on the CPU, owned by the caller.
+
+    Raises ModelNotFoundError for a missing file, ModelRefusedError, naming tensor and file, when the files hold
+    anything but exactly what is declared.
+    """
+    names = weight_names(directory)
+    places = _check(directory, names, shapes)
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        with safe_open(directory / name, framework="pt") as file:
+            for tensor in (tensor for tensor, place in places.items() if place == name):
+                stored = file.get_tensor(tensor)
+                weights[tensor] = torch.empty(stored.shape, dtype=TORCH_DTYPES[dtype]).copy_(stored)
+    return weights
+
+
+def _check(directory: Path, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Reads the headers alone; returns which file holds each declared tensor."""
+    places: dict[str, str] = {}
+    for name in names:
+        try:
+            with safe_open(directory / name, framework="pt") as file:
+                headers = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118 (not a mapping)
+                found = {tensor: (tuple(h.get_shape()), h.get_dtype()) for tensor, h in headers.items()}
+        except SafetensorError as error:
+            raise ModelRefusedError(
+                f"{name} cannot be read", why="it is not a whole safetensors file", fix=_FIX
+            ) from error
+        for tensor, (shape, stored) in found.items():
+            if tensor.endswith(_DERIVED_SUFFIXES):
+                continue
+            if tensor not in shapes:
+                raise ModelRefusedError(f"{name} holds {tensor}", why="config.json declares no such tensor", fix=_FIX)
+            if tensor in places:
+                raise ModelRefusedError(f"{name} holds {tensor}", why=f"so does {places[tensor]}", fix=_FIX)
+            if shape != shapes[tensor]:
+                why = f"config.json declares {list(shapes[tensor])}"
+                raise ModelRefusedError(f"{name}: {tensor} has shape {list(shape)}", why=why, fix=_FIX)
+            if stored not in _STORED_DTYPES:
+                why = f"supported: {', '.join(_STORED_DTYPES)}"
+                raise ModelRefusedError(f"{name}: {tensor} is stored as {stored}", why=why, fix=_FIX)
+            places[tensor] = name
+    missing = sorted(shapes.keys() - places.keys())
+    if missing:
+        what = f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        raise ModelRefusedError(what, why="config.json declares it", fix=_FIX)
+    return places
