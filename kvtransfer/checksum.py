@@ -3,8 +3,9 @@
     span   | tile 0: 16 KiB | tile 1 | … | last tile, maybe shorter |
     hashes | xxh3-64, 8 bytes little-endian, of each tile, in order |   → checksum = xxh3-64(hashes)
 
-Tiles make the checksum parallel: a GPU hashes them independently, one group of threads each. A head's span is contiguous
-(head-major pages), so whoever reads only some heads can verify exactly those. Against accidents, not against forgers.
+Tiles make the checksum parallel: a GPU hashes them independently, one group of threads each. A head's span is
+contiguous (head-major pages), so whoever reads only some heads can verify exactly those. Against accidents, not
+against forgers.
 """
 
 from typing import Final
@@ -24,7 +25,7 @@ def span_checksum(span: memoryview) -> int:
 
 
 def head_checksums(page: memoryview, group: KVGroup) -> tuple[int, ...]:
-    """Checksums of all KV heads, in order, of the block of `group` at the start of `page` (`uint8[>= group.block_bytes]`).
+    """Checksums of all KV heads, in order, of the block of `group` at the start of `page`.
 
     Raises ValueError when the page is too short to hold the block.
     """

@@ -1,8 +1,8 @@
 """What the bytes of a KV pool mean. Pure values: no torch, no I/O.
 
 A pool is `uint8[num_blocks, page_bytes]`. For a group of layers a block is
-`[num_kv_heads, num_layers, 2, block_size, head_dim]`: head-major, so that one KV head's share of a block is one contiguous
-span (`head_span_bytes`), whatever the tensor-parallel degree of the two sides.
+`[num_kv_heads, num_layers, 2, block_size, head_dim]`: head-major, so that one KV head's share of a block is one
+contiguous span (`head_span_bytes`), whatever the tensor-parallel degree of the two sides.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """What a sender says about a block, and the proof that the bytes that arrived are that block.
 
-The engine may read a block that came from elsewhere only as a `VerifiedBlock`, and only `verify` makes one. On one-sided
-reads this is the whole defence against a sender whose block was reused in the middle: checksums decide, nothing else.
+The engine may read a block that came from elsewhere only as a `VerifiedBlock`, and only `verify` makes one. On
+one-sided reads this is the whole defence against a sender whose block was reused in the middle: checksums decide,
+nothing else.
 """
 
 from dataclasses import InitVar, dataclass
@@ -54,9 +55,9 @@ def verify(
 ) -> VerifiedBlock:
     """Checks that local block `block_id`, whose bytes are `page`, is the block expected at this place of the sequence.
 
-    `expected_chain_hash` is None for a block that is not full. The checks, cheapest first: index, token count, chain hash,
-    number of checksums, length, checksums. Raises CorruptBlockError naming the block's index and both values. The caller
-    holds the block's lease and the read has ended: nobody writes to `page` during or after the call.
+    `expected_chain_hash` is None for a block that is not full. The checks, cheapest first: index, token count, chain
+    hash, number of checksums, length, checksums. Raises CorruptBlockError naming the block's index and both values.
+    The caller holds the block's lease and the read has ended: nobody writes to `page` during or after the call.
     """
     _compare(expected_index, "index", expected_index, entry.block_index)
     _compare(expected_index, "token count", expected_num_tokens, entry.num_tokens)

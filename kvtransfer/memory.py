@@ -7,7 +7,8 @@ anonymous memory, which `is_shareable` says.
     0                     num_blocks * page_bytes         size_bytes
     | page 0 | page 1 | … | probe: PROBE_BYTES            |
 
-The probe holds a fixed pattern in every process. Peers read it to measure a transport; no block is ever touched for that.
+The probe holds a fixed pattern in every process. Peers read it to measure a transport; no block is ever touched for
+that.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Tickets: what a peer must show to read blocks. Made by the pool's owner, random, bound to sessions, blocks and a time.
+"""Tickets: what a peer must show to read blocks. The pool's owner makes them, random, for sessions, blocks and a time.
 
 A ticket names blocks, never memory. Transports that serve bytes check one for every frame; on mapped transports the
 authenticated worker of the same host is trusted instead, and checksums tell it when it came too late.
