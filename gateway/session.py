@@ -1,0 +1,214 @@
+"""The gateway's end of the session to one decode worker: every request of this gateway on that worker, over one stream.
+
+Reads without ever stopping: a slow client exhausts its own request's credit and nobody else's. When the stream ends,
+however it ends, every request on it ends with WorkerLostError. Event loop only.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc.aio
+
+from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, WorkerLostError
+from staffetta.rpc.channel import open_channel
+from staffetta.rpc.session import PROTOCOL_VERSION, TOKEN_IDS_PER_MESSAGE, SessionPipe
+from staffetta.rpc.status import error_from_failure, error_from_rpc
+from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
+
+STALLED_HEARTBEATS = 5
+
+Pipe = SessionPipe[decode_pb2.DecodeSessionResponse, decode_pb2.DecodeSessionRequest]
+
+
+class RequestStream:
+    """One request's events on one session. Whoever started it closes it."""
+
+    def __init__(self, session: "DecodeSession", request_id: str) -> None:
+        self._session = session
+        self._request_id = request_id
+        self._events: asyncio.Queue[decode_pb2.SequenceEvent | StaffettaError] = asyncio.Queue()
+        self._has_ended = False
+
+    @property
+    def worker_id(self) -> str:
+        """The decode worker that runs the request."""
+        return self._session.worker_id
+
+    async def next(self) -> decode_pb2.SequenceEvent:
+        """The next event. Raises what ended the request: WorkerLostError, or the failure that the worker reported."""
+        event = await self._events.get()
+        if isinstance(event, StaffettaError):
+            raise event
+        if event.finish_reason == common_pb2.FINISH_REASON_ERROR:
+            raise error_from_failure(event.failure)
+        return event
+
+    def grant(self, num_tokens: int) -> None:
+        """Lets the worker produce `num_tokens` more."""
+        if not self._has_ended:
+            grant = decode_pb2.Grant(request_id=self._request_id, tokens=num_tokens)
+            self._session.send(decode_pb2.DecodeSessionRequest(grant=grant))
+
+    def cancel(self) -> None:
+        """Asks the worker to end the request; its last event still comes. Idempotent."""
+        if not self._has_ended:
+            cancel = decode_pb2.CancelRequest(request_id=self._request_id)
+            self._session.send(decode_pb2.DecodeSessionRequest(cancel=cancel))
+
+    def close(self) -> None:
+        """Ends the request here and, unless it has ended there, on the worker. Idempotent."""
+        self.cancel()
+        self._has_ended = True
+        self._session.forget(self._request_id)
+
+    def put(self, event: decode_pb2.SequenceEvent | StaffettaError) -> None:
+        """Delivers an event or what ended the request; for the session alone."""
+        if isinstance(event, StaffettaError) or event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+            self._has_ended = True
+        self._events.put_nowait(event)
+
+
+class DecodeSession:
+    """A session to one decode worker, made and served by `run_session`. Its limits are known once it is open."""
+
+    def __init__(self, pipe: Pipe, worker_id: str) -> None:
+        self._pipe = pipe
+        self._streams: dict[str, RequestStream] = {}
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._last_steps = 0
+        self._num_stalled = 0
+        self.worker_id = worker_id
+        self.max_model_len = 0
+        self.max_requests = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests of this gateway on the worker."""
+        return len(self._streams)
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the worker's engine has stood still over several heartbeats while it held requests of ours."""
+        return self._num_stalled >= STALLED_HEARTBEATS
+
+    async def wait_idle(self) -> None:
+        """Returns when no request is on the session."""
+        await self._is_idle.wait()
+
+    def start(self, request: decode_pb2.StartRequest, token_ids: Sequence[int]) -> RequestStream:
+        """Starts `request`, whose `token_ids` are filled in here, in parts when they are many. The caller closes the
+        stream."""
+        request.num_prompt_tokens = len(token_ids)
+        request.token_ids.extend(token_ids[:TOKEN_IDS_PER_MESSAGE])
+        stream = RequestStream(self, request.request_id)
+        self._streams[request.request_id] = stream
+        self._is_idle.clear()
+        self.send(decode_pb2.DecodeSessionRequest(start=request))
+        for at in range(TOKEN_IDS_PER_MESSAGE, len(token_ids), TOKEN_IDS_PER_MESSAGE):
+            part = decode_pb2.AppendPrompt(
+                request_id=request.request_id, token_ids=token_ids[at : at + TOKEN_IDS_PER_MESSAGE]
+            )
+            self.send(decode_pb2.DecodeSessionRequest(append_prompt=part))
+        return stream
+
+    def send(self, command: decode_pb2.DecodeSessionRequest) -> None:
+        """Queues a command; never waits."""
+        self._pipe.send(command)
+
+    def forget(self, request_id: str) -> None:
+        """Drops what still comes for a request."""
+        if self._streams.pop(request_id, None) is not None and not self._streams:
+            self._is_idle.set()
+
+    def accept(self, answer: decode_pb2.DecodeSessionResponse | None, announced: common_pb2.WorkerIdentity) -> None:
+        """Takes the worker's answer to the opening. Raises when it is none, or not from who announced itself."""
+        if answer is None or answer.WhichOneof("message") != "opened":
+            raise ProtocolError(f"worker {self.worker_id} did not answer the opening of a session")
+        opened = answer.opened
+        for name in ("worker_id", "incarnation", "model_digest"):
+            said, found = getattr(announced, name), getattr(opened.identity, name)
+            if said != found:
+                raise IncompatiblePeerError(f"the worker announced {name} {said!r} and opened with {found!r}")
+        self.max_model_len, self.max_requests = opened.max_model_len, opened.max_requests
+
+    def heartbeat(self) -> decode_pb2.DecodeSessionRequest:
+        """A sign of life."""
+        return decode_pb2.DecodeSessionRequest(heartbeat=common_pb2.Heartbeat(num_requests=self.num_in_flight))
+
+    async def read(self) -> None:
+        """Delivers events until the worker ends the stream. Raises what `SessionPipe.receive` raises."""
+        while (message := await self._pipe.receive()) is not None:
+            kind = message.WhichOneof("message")
+            if kind == "step":
+                for event in message.step.events:
+                    if (stream := self._streams.get(event.request_id)) is not None:
+                        stream.put(event)
+            elif kind == "heartbeat":
+                self._watch(message.heartbeat)
+            else:
+                raise ProtocolError(f"the worker sent {kind or 'an empty message'} on an open session")
+
+    def lose(self, error: StaffettaError) -> None:
+        """Ends every request with `error`."""
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+        self._is_idle.set()
+
+    def _watch(self, heartbeat: common_pb2.Heartbeat) -> None:
+        has_advanced = heartbeat.engine_steps != self._last_steps
+        self._last_steps = heartbeat.engine_steps
+        self._num_stalled = 0 if has_advanced or heartbeat.num_requests == 0 else self._num_stalled + 1
+
+
+async def run_session(
+    worker: registry_pb2.WorkerAnnouncement,
+    *,
+    gateway_id: str,
+    heartbeat_s: float,
+    on_open: Callable[[DecodeSession], None],
+) -> None:
+    """Opens a session to `worker`, hands it to `on_open`, and serves it to its end; then its requests are lost.
+
+    Returns when the worker ended the stream. Raises StaffettaError when it cannot be reached, refuses, falls silent,
+    breaks the order, or is not who it announced itself to be.
+    """
+    channel = open_channel(worker.address)
+    call = decode_pb2_grpc.DecodeServiceStub(channel).Session()
+    pipe = Pipe(call.read, call.write, heartbeat_s=heartbeat_s)
+    session = DecodeSession(pipe, worker.identity.worker_id)
+
+    async def serve() -> None:
+        pipe.send(_opening(worker.identity, gateway_id))
+        session.accept(await pipe.receive(), worker.identity)
+        on_open(session)
+        await session.read()
+
+    try:
+        await pipe.run(serve(), make_heartbeat=session.heartbeat)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        # A write that meets a finished call says so in general terms; the call's status has the reason.
+        raise await _ending(call) from None
+    finally:
+        session.lose(WorkerLostError(f"decode worker {session.worker_id} is gone; send the request again"))
+        call.cancel()
+        await channel.close()
+
+
+def _opening(worker: common_pb2.WorkerIdentity, gateway_id: str) -> decode_pb2.DecodeSessionRequest:
+    opening = decode_pb2.OpenDecodeSession(
+        protocol_version=PROTOCOL_VERSION, gateway_id=gateway_id, model_digest=worker.model_digest
+    )
+    return decode_pb2.DecodeSessionRequest(open=opening)
+
+
+async def _ending(call: "grpc.aio.StreamStreamCall[Any, Any]") -> StaffettaError:
+    """What the status of a finished call says."""
+    if await call.code() is grpc.StatusCode.OK:
+        return WorkerLostError("the worker closed the session")
+    details = grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
+    )
+    return error_from_rpc(details)
