@@ -1,0 +1,248 @@
+"""Decides what the next step computes: values in, a plan out. No I/O, no tensors, nothing is changed here.
+
+There is one rule: every sequence has tokens known and tokens computed, and a step gives each part of the token budget
+so that computed catches up with known. Prefill, chunks, prefix hits, recomputing and decode are the same case. Blocks
+go first to sequences that run, then to those that wait, first come first served within a priority; nobody overtakes
+whoever waits for blocks.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.cache.pool import BlockPool, BlockState
+from engine.cache.prefix import PrefixCache
+from engine.request import RequestId
+from engine.sequence import Sequence, SequenceState
+from kvtransfer.layout import BlockId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """Bounds of one engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once."""
+
+    max_model_len: int
+    max_batch_tokens: int
+    max_sequences: int
+    max_requests: int
+    prefix_caching: bool
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_batch_tokens", "max_sequences", "max_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, needs at least 1")
+
+
+class PlannedSlice(NamedTuple):
+    """Compute `num_tokens` tokens from position `start` on.
+
+    A sequence that joins first shares the blocks `shared`, which the prefix cache holds; then `num_new_blocks` are
+    taken.
+    """
+
+    request_id: RequestId
+    start: int
+    num_tokens: int
+    shared: tuple[BlockId, ...]
+    num_new_blocks: int
+
+
+class PlannedLease(NamedTuple):
+    """Lease a prompt's blocks for KV that waits elsewhere: `shared` from the prefix cache, the rest new."""
+
+    request_id: RequestId
+    shared: tuple[BlockId, ...]
+    num_new_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step does, in this order: preempt, share, take new blocks, compute. A plan that preempts admits nobody."""
+
+    preempted: tuple[RequestId, ...] = ()
+    leases: tuple[PlannedLease, ...] = ()
+    slices: tuple[PlannedSlice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What a plan is made from. Sequences, pool and prefix cache are only read.
+
+    `running` and `waiting` are in order; `waiting` holds sequences to compute here (WAITING) and such whose KV waits
+    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run.
+    """
+
+    limits: EngineLimits
+    running: tuple[Sequence, ...]
+    waiting: tuple[Sequence, ...]
+    num_granted: int
+    num_held_tokens: dict[RequestId, int]
+    pool: BlockPool
+    prefix: PrefixCache
+
+
+def plan_step(snapshot: Snapshot) -> StepPlan:
+    """The next step. An empty plan means that nothing can go on before something happens outside."""
+    return _Planner(snapshot).plan()
+
+
+def _is_running(sequence: Sequence) -> bool:
+    return sequence.state is SequenceState.RUNNING and sequence.is_computable
+
+
+class _Planner:
+    """The working state of one `plan_step`: what is left of budget and pool after the decisions so far."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._limits = snapshot.limits
+        self._pool = snapshot.pool
+        self._num_tokens_left = snapshot.limits.max_batch_tokens
+        self._num_blocks_left = snapshot.pool.num_available
+        self._slices: dict[RequestId, PlannedSlice] = {}
+        self._leases: list[PlannedLease] = []
+        self._preempted: dict[RequestId, Sequence] = {}
+        self._claimed: set[BlockId] = set()
+        """Cached blocks that a planned admission shares: no longer available, but shared a second time for nothing."""
+        self._blocked: tuple[Sequence, int] | None = None
+        """The first sequence that lacks blocks, and how many it needs."""
+
+    def plan(self) -> StepPlan:
+        computable = [sequence for sequence in self._snapshot.running if sequence.is_computable]
+        # One-token sequences first: a long prompt must not hold up the streams of others.
+        for sequence in computable:
+            if sequence.num_pending_tokens == 1:
+                self._continue(sequence)
+        for sequence in computable:
+            if sequence.num_pending_tokens > 1:
+                self._continue(sequence)
+        if self._blocked is None and not self._preempted:
+            self._admit(len(computable) + self._snapshot.num_granted)
+        if self._blocked is not None and not (self._slices or self._leases or self._preempted):
+            self._take_from_idle(*self._blocked)
+        return StepPlan(tuple(self._preempted), tuple(self._leases), tuple(self._slices.values()))
+
+    def _continue(self, sequence: Sequence) -> None:
+        """Gives a running sequence its part, at the cost of sequences that come after it when the pool is short."""
+        if not self._has_room_for_slice() or sequence.request_id in self._preempted:
+            return
+        start = sequence.num_computed_tokens
+        num_tokens = self._chunk(sequence, start)
+        num_new = max(0, sequence.num_blocks_for(start + num_tokens) - sequence.num_leased_blocks)
+        while num_new > self._num_blocks_left:
+            victim = self._last_holder_after(sequence)
+            if victim is None:
+                # It keeps what it has and waits: whoever comes before it may still take it.
+                self._blocked = self._blocked or (sequence, num_new)
+                return
+            self._preempt(victim)
+        self._add(PlannedSlice(sequence.request_id, start, num_tokens, (), num_new))
+
+    def _admit(self, num_active: int) -> None:
+        """Lets waiting sequences join, in order, until one lacks blocks or no place is left."""
+        for sequence in self._snapshot.waiting:
+            if num_active >= self._limits.max_sequences:
+                return
+            if sequence.state is SequenceState.AWAITING_KV:
+                is_admitted = self._admit_to_receive(sequence)
+            elif sequence.is_paused or not self._has_room_for_slice():
+                continue  # nothing to compute now; a lease for KV from elsewhere needs no token budget
+            else:
+                is_admitted = self._admit_to_compute(sequence)
+            if not is_admitted:
+                return
+            num_active += 1
+
+    def _admit_to_receive(self, sequence: Sequence) -> bool:
+        num_shared = self._snapshot.num_held_tokens[sequence.request_id] // sequence.hasher.block_size
+        shared = self._snapshot.prefix.match(sequence.chain(num_shared))
+        num_new = sequence.num_prompt_blocks - len(shared)
+        if not self._claim(sequence, shared, num_new):
+            return False
+        self._leases.append(PlannedLease(sequence.request_id, shared, num_new))
+        return True
+
+    def _admit_to_compute(self, sequence: Sequence) -> bool:
+        shared: tuple[BlockId, ...] = ()
+        start = sequence.num_computed_tokens
+        if not sequence.lease:
+            # At least one token is computed, for its logits, and nothing in a published block: so a whole block is.
+            num_sharable = (sequence.num_known_tokens - 1) // sequence.hasher.block_size
+            shared = self._snapshot.prefix.match(sequence.chain(num_sharable))
+            start = len(shared) * sequence.hasher.block_size
+        num_tokens = self._chunk(sequence, start)
+        # A prefill takes all its blocks at once: it is never preempted, so it must never wait for blocks half way.
+        num_covered = sequence.num_known_tokens if sequence.is_prefill else start + num_tokens
+        num_new = max(0, sequence.num_blocks_for(num_covered) - sequence.num_leased_blocks - len(shared))
+        if not self._claim(sequence, shared, num_new):
+            return False
+        self._add(PlannedSlice(sequence.request_id, start, num_tokens, shared, num_new))
+        return True
+
+    def _claim(self, sequence: Sequence, shared: tuple[BlockId, ...], num_new: int) -> bool:
+        """Reserves blocks for an admission, or notes that they lack."""
+        revived = [b for b in shared if self._pool.state(b) is BlockState.CACHED and b not in self._claimed]
+        num_needed = num_new + len(revived)
+        if num_needed > self._num_blocks_left:
+            self._blocked = (sequence, num_needed)
+            return False
+        self._claimed.update(revived)
+        self._num_blocks_left -= len(revived)
+        if sequence.state is SequenceState.AWAITING_KV:
+            self._num_blocks_left -= num_new
+        return True
+
+    def _chunk(self, sequence: Sequence, start: int) -> int:
+        """How many tokens from `start` on fit the budget; a prefill's chunk ends with a block where it can."""
+        num_pending = sequence.num_known_tokens - start
+        end = start + min(num_pending, self._num_tokens_left)
+        if sequence.is_prefill and end < sequence.num_known_tokens:
+            last_boundary = end // sequence.hasher.block_size * sequence.hasher.block_size
+            end = last_boundary if last_boundary > start else end
+        return end - start
+
+    def _add(self, planned: PlannedSlice) -> None:
+        self._slices[planned.request_id] = planned
+        self._num_tokens_left -= planned.num_tokens
+        self._num_blocks_left -= planned.num_new_blocks
+
+    def _has_room_for_slice(self) -> bool:
+        return self._num_tokens_left > 0 and len(self._slices) < self._limits.max_sequences
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Takes a victim's blocks, and what this plan gave it."""
+        planned = self._slices.pop(victim.request_id, None)
+        if planned is not None:
+            self._num_tokens_left += planned.num_tokens
+            self._num_blocks_left += planned.num_new_blocks
+        self._num_blocks_left += self._num_freed_by(victim)
+        self._preempted[victim.request_id] = victim
+
+    def _num_freed_by(self, victim: Sequence) -> int:
+        """Blocks that become available with the victim's end; those that others share do not."""
+        return sum(1 for block_id in victim.lease.table if self._pool.num_references(block_id) == 1)
+
+    def _holders(self) -> list[Sequence]:
+        """Sequences whose blocks may be taken, in order: no prefill's, because a peer may be reading them."""
+        snapshot = self._snapshot
+        holders = [
+            sequence
+            for sequence in (*snapshot.running, *snapshot.waiting)
+            if sequence.lease and not sequence.is_prefill and sequence.request_id not in self._preempted
+        ]
+        return sorted(holders, key=lambda sequence: sequence.order)
+
+    def _last_holder_after(self, sequence: Sequence) -> Sequence | None:
+        holders = self._holders()
+        return holders[-1] if holders and holders[-1].order > sequence.order else None
+
+    def _take_from_idle(self, blocked: Sequence, num_needed: int) -> None:
+        """Ends a standstill: nothing runs, somebody lacks blocks, and sequences that cannot go on now sit on some.
+
+        Such a sequence waits for its client or for its turn. Whoever has no grant must not stop the others, even when
+        it came first; it is recomputed later. Nothing is taken while all of it would not be enough.
+        """
+        idle = [each for each in self._holders() if each is not blocked and not _is_running(each)]
+        if self._num_blocks_left + sum(map(self._num_freed_by, idle)) < num_needed:
+            return
+        while idle and self._num_blocks_left < num_needed:
+            self._preempt(idle.pop())
