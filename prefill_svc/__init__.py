@@ -1,1 +1,1 @@
-"""The prefill service: a thin gRPC server around an engine that computes prompts and holds their KV until it is read."""
+"""The prefill service: a thin gRPC server around an engine that computes prompts and holds their KV until read."""

@@ -1,0 +1,323 @@
+"""One attempt to bring a prompt's KV from a prefill worker: the state machine of the hand-off, on the event loop.
+
+    OPEN ──first chunk, blocks granted──▶ PULLING ──all verified, first token known──▶ COMMITTED
+      └──────────────┬──────────────────────┘
+             FAILED (the peer, the bytes or the clock) or ABANDONED (the request is gone)
+                     ▼
+             QUARANTINED (a read may still touch the blocks) ──▶ FREED
+
+The decode worker leads and reads; the prefill worker never writes here. A chunk's bytes count only as `VerifiedBlock`s.
+The destination blocks belong to the read until its future resolves: only then is `KVQuiesced` reported.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady
+from engine.request import FinishReason, Request, SampledToken
+from kvtransfer.layout import BlockId, KVGroup
+from kvtransfer.manifest import BlockEntry, VerifiedBlock, verify
+from kvtransfer.memory import PoolMemory
+from kvtransfer.transport import BlockRead
+from staffetta import failpoint
+from staffetta.errors import CorruptBlockError, HandoffFailedError, ProtocolError, StaffettaError
+from staffetta.hashing import BlockHash
+from staffetta.v1 import prefill_pb2
+from worker.codec import entry_from_proto, finish_reason_from_proto, token_from_proto
+
+log = logging.getLogger(__name__)
+
+PROGRESS_CHECK_S = 0.25
+
+
+class HandoffState(Enum):
+    """Where an attempt stands; the diagram above has the moves."""
+
+    OPEN = "open"
+    PULLING = "pulling"
+    COMMITTED = "committed"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+    QUARANTINED = "quarantined"
+    FREED = "freed"
+
+
+@dataclass(slots=True)
+class HandoffRecord:
+    """What is reported of a request's hand-offs, all attempts together. Event loop only; times are the loop's."""
+
+    prefill_worker: str = ""
+    transport: str = ""
+    num_bytes: int = 0
+    num_blocks: int = 0
+    num_failed: int = 0
+    prefill_cached_tokens: int = 0
+    prefill_queue_s: float = 0.0
+    first_token_at: float | None = None
+    landed_at: float | None = None
+
+
+class Peer(Protocol):
+    """The prefill worker of an attempt, as the attempt sees it."""
+
+    worker_id: str
+
+    @property
+    def transport(self) -> str:
+        """The transport in use."""
+
+    def last_progress(self) -> float:
+        """Loop time at which the peer last showed that its engine advances."""
+
+    def read(self, ticket: bytes, reads: list[BlockRead]) -> "Future[int]":
+        """Starts reading blocks; resolves when nothing touches the local ones any more."""
+
+    def cut(self) -> None:
+        """Ends the transport's endpoint, and with it every read under way."""
+
+    def release(self, handoff_id: str) -> None:
+        """Tells the peer that its blocks are no longer needed; idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    block_ids: tuple[BlockId, ...]
+    first_block_index: int
+    chain_hashes: tuple[BlockHash, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Handoff:
+    """One attempt. Everything runs on the event loop except the bytes, which move in the reader's thread."""
+
+    attempt_id: AttemptId
+    handoff_id: str
+    request: Request
+    num_held_tokens: int
+    peer: Peer
+    memory: PoolMemory
+    group: KVGroup
+    record: HandoffRecord
+    timeout_s: float
+    post: Callable[[KVEvent], None]
+    """Hands an event to the engine thread."""
+    emit: Callable[[SampledToken, FinishReason | None], None]
+    """Sends the first token to the client; must precede its KVFirstToken."""
+    may_recover: bool
+    """Whether the request goes on when this attempt fails."""
+
+    state: HandoffState = HandoffState.OPEN
+    ended_in: HandoffState | None = None
+    """The state in which it was committed, failed or given up; None while it runs."""
+    has_failed: bool = False
+    _chunks: deque[prefill_pb2.ChunkReady] = field(default_factory=deque)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _stopped: "asyncio.Future[StaffettaError | None]" = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    _grant: _Grant | None = None
+    _is_announced: bool = False
+    _reads: "set[Future[int]]" = field(default_factory=set)
+
+    # What happens to the attempt
+
+    def on_chunk(self, chunk: prefill_pb2.ChunkReady) -> None:
+        """Blocks are final at the peer. The first chunk makes the engine lease this side's blocks."""
+        self._chunks.append(chunk)
+        self._news.set()
+        if not self._is_announced:
+            self._is_announced = True
+            self.post(KVReady(self.attempt_id))
+
+    def on_first_token(self, message: prefill_pb2.FirstToken) -> None:
+        """The first token goes to the client at once, KV in flight or not. A later attempt's is the same: dropped."""
+        if self.record.first_token_at is None:
+            self.record.first_token_at = asyncio.get_running_loop().time()
+            self.record.prefill_cached_tokens = message.cached_tokens
+            self.record.prefill_queue_s = message.queue_s
+            token = token_from_proto(message.token)
+            finish_reason = finish_reason_from_proto(message.finish_reason)
+            self.emit(token, finish_reason)
+            self.post(KVFirstToken(self.attempt_id, token, finish_reason))
+        self._news.set()
+
+    def on_granted(
+        self, *, block_ids: tuple[BlockId, ...], first_block_index: int, chain_hashes: tuple[BlockHash, ...]
+    ) -> None:
+        """The engine leased the blocks to read into."""
+        self._grant = _Grant(block_ids, first_block_index, chain_hashes)
+        self._news.set()
+
+    def stop(self, error: StaffettaError | None) -> None:
+        """Ends the attempt: with an error it has failed, without one it is no longer wanted. Idempotent."""
+        if not self._stopped.done():
+            self._stopped.set_result(error)
+
+    # The attempt's own course
+
+    async def run(self) -> None:
+        """Brings the KV, or says why not; returns when nothing touches the granted blocks any more."""
+        work = asyncio.create_task(self._pull_all(), name=f"handoff-{self.handoff_id}")
+        try:
+            waiting: set[asyncio.Future[Any]] = {work, self._stopped}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self._end(self._stopped.result())
+            elif (failure := work.exception()) is not None:
+                if not isinstance(failure, StaffettaError):
+                    log.error("hand-off %s: unexpected failure", self.handoff_id, exc_info=failure)
+                    failure = HandoffFailedError("the hand-off failed on our side")
+                self._end(failure)
+        finally:
+            work.cancel()
+            self.peer.release(self.handoff_id)
+            await self._quiesce()
+
+    async def _pull_all(self) -> None:
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        num_landed = self.num_held_tokens
+        while num_landed < num_prompt_tokens:
+            chunk, grant = await self._next_chunk()
+            self.state = HandoffState.PULLING
+            failpoint.hit("handoff.pulling")
+            num_landed = await self._pull(chunk, grant, num_landed)
+            if num_landed < num_prompt_tokens:
+                self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
+        self.record.landed_at = asyncio.get_running_loop().time()
+        self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
+        while self.record.first_token_at is None:
+            await self._wait_for_news()
+        self.ended_in = self.state = HandoffState.COMMITTED
+        self.post(KVLanded(self.attempt_id, num_landed, is_last=True))
+        failpoint.hit("handoff.committed")
+
+    async def _next_chunk(self) -> tuple[prefill_pb2.ChunkReady, _Grant]:
+        while not self._chunks:
+            await self._wait_for_news()
+        while self._grant is None:
+            # Our own pool is full: the peer's lease runs, not its clock.
+            self._news.clear()
+            await self._news.wait()
+        return self._chunks.popleft(), self._grant
+
+    async def _wait_for_news(self) -> None:
+        """Waits for the peer. Raises HandoffFailedError when its engine has not advanced for `timeout_s`."""
+        started = asyncio.get_running_loop().time()
+        self._news.clear()
+        while not self._news.is_set():
+            try:
+                async with asyncio.timeout(PROGRESS_CHECK_S):
+                    await self._news.wait()
+            except TimeoutError:
+                quiet_s = asyncio.get_running_loop().time() - max(started, self.peer.last_progress())
+                if quiet_s > self.timeout_s:
+                    raise HandoffFailedError(
+                        f"{self.peer.worker_id} made no progress for {quiet_s:.1f} s, the limit is {self.timeout_s:g} s"
+                    ) from None
+
+    async def _pull(self, chunk: prefill_pb2.ChunkReady, grant: _Grant, num_landed: int) -> int:
+        """Reads and verifies one chunk; returns the new contiguous frontier, in tokens."""
+        entries = [entry_from_proto(entry) for entry in chunk.blocks]
+        first = num_landed // self.group.block_size
+        first_local = first - grant.first_block_index
+        if not 0 <= first_local <= len(grant.block_ids) - len(entries):
+            raise ProtocolError(f"a chunk of {len(entries)} blocks at index {first} does not fit the granted blocks")
+        local_ids = grant.block_ids[first_local : first_local + len(entries)]
+        read = self.peer.read(
+            chunk.ticket,
+            [BlockRead(entry.block_id, local_id) for entry, local_id in zip(entries, local_ids, strict=True)],
+        )
+        self._reads.add(read)
+        done, _ = await asyncio.wait({_settled(read)}, timeout=self.timeout_s)
+        if not done:
+            raise HandoffFailedError(f"reading from {self.peer.worker_id} took longer than {self.timeout_s:g} s")
+        num_bytes = read.result()
+        self._reads.discard(read)
+        verified = await asyncio.to_thread(self._verify, entries, local_ids, first, grant)
+        self._spoil_if_asked(verified)
+        self.record.num_bytes += num_bytes
+        self.record.num_blocks += len(verified)
+        return num_landed + sum(block.entry.num_tokens for block in verified)
+
+    def _verify(
+        self, entries: list[BlockEntry], local_ids: tuple[BlockId, ...], first: int, grant: _Grant
+    ) -> list[VerifiedBlock]:
+        """Checks every block against what this side expects at its place. Worker thread; the blocks are leased."""
+        block_size = self.group.block_size
+        num_prompt_tokens = len(self.request.prompt_token_ids)
+        verified: list[VerifiedBlock] = []
+        for offset, (entry, local_id) in enumerate(zip(entries, local_ids, strict=True)):
+            index = first + offset
+            num_tokens = min(block_size, num_prompt_tokens - index * block_size)
+            is_full = num_tokens == block_size
+            verified.append(
+                verify(
+                    entry,
+                    self.memory.block(local_id),
+                    self.group,
+                    block_id=local_id,
+                    expected_index=index,
+                    expected_num_tokens=num_tokens,
+                    expected_chain_hash=grant.chain_hashes[index - grant.first_block_index] if is_full else None,
+                )
+            )
+        return verified
+
+    def _spoil_if_asked(self, blocks: list[VerifiedBlock]) -> None:
+        """Zeroes pulled KV when a test asks for it: the answers must then be wrong."""
+        if failpoint.is_on("handoff.zero_pulled_kv"):
+            for block in blocks:
+                page = self.memory.block(block.block_id)
+                page[:] = bytes(len(page))
+
+    # Endings
+
+    def _end(self, error: StaffettaError | None) -> None:
+        self.ended_in = self.state
+        if error is None:
+            self.state = HandoffState.ABANDONED
+            return
+        corrupt = "corrupt block; " if isinstance(error, CorruptBlockError) else ""
+        log.warning(
+            "request %s: hand-off from %s failed while %s: %s%s",
+            self.request.request_id, self.peer.worker_id, self.state.value, corrupt, error.message,
+        )  # fmt: skip
+        self.state = HandoffState.FAILED
+        self.has_failed = True
+        self.record.num_failed += 1
+        final = None if self.may_recover else HandoffFailedError(f"the hand-off failed: {error.message}")
+        self.post(KVFailed(self.attempt_id, final))
+
+    async def _quiesce(self) -> None:
+        """Waits for outstanding reads; past the deadline the endpoint is torn down, which ends them."""
+        if self.state is HandoffState.COMMITTED:
+            return
+        if outstanding := {read for read in self._reads if not read.done()}:
+            self.state = HandoffState.QUARANTINED
+            waiting = {_settled(read) for read in outstanding}
+            _, late = await asyncio.wait(waiting, timeout=self.timeout_s)
+            if late:
+                self.peer.cut()
+                await asyncio.wait(late)
+        self.state = HandoffState.FREED
+        if self._grant is not None:
+            self.post(KVQuiesced(self.attempt_id))
+
+
+def _settled(read: "Future[int]") -> "asyncio.Future[None]":
+    """A future of the running loop that resolves when `read` has, whatever came of it."""
+    loop = asyncio.get_running_loop()
+    settled: asyncio.Future[None] = loop.create_future()
+    read.add_done_callback(lambda _: loop.call_soon_threadsafe(_resolve, settled))
+    return settled
+
+
+def _resolve(settled: "asyncio.Future[None]") -> None:
+    if not settled.done():
+        settled.set_result(None)

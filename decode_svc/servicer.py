@@ -1,0 +1,364 @@
+"""Serves `DecodeService`: one session per gateway carries every request's commands in and every step's tokens out.
+
+The life of a request, seen from here:
+
+1. `StartRequest` (and `AppendPrompt` for long prompts) arrives; it is validated again and goes to the engine.
+2. The engine prefills it or asks the `HandoffSource`; a first token from a prefill worker leaves through
+   `on_first_token` while its KV is still in flight.
+3. The output of every step comes back to the event loop and leaves as one message per session.
+4. `Grant` lets it go on, `CancelRequest` or the session's end stops it; exactly one event carries its ending.
+
+It never decides about tokens and never waits for a gateway to read.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections import defaultdict
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import grpc.aio
+
+from decode_svc.source import HandoffSource, Route
+from engine.request import (
+    FinishReason,
+    Request,
+    RequestId,
+    RequestKind,
+    SampledToken,
+    SequenceOutput,
+    StepOutput,
+)
+from staffetta import validate
+from staffetta.errors import (
+    DrainingError,
+    IncompatiblePeerError,
+    ProtocolError,
+    QueueFullError,
+    StaffettaError,
+)
+from staffetta.rpc.session import SessionPipe
+from staffetta.rpc.status import abort, failure_of, public_error
+from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+from worker.admission import PromptParts
+from worker.codec import finish_reason_to_proto, sampling_from_proto, token_to_proto
+from worker.pairing import check_protocol
+from worker.rank import Rank
+
+log = logging.getLogger(__name__)
+
+EVENTS_PER_MESSAGE = 64
+"""64 events with 20 alternatives for each token stay below the message bound."""
+
+_Pipe = SessionPipe[decode_pb2.DecodeSessionRequest, decode_pb2.DecodeSessionResponse]
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One gateway's stream."""
+
+    session_id: str
+    gateway_id: str
+    pipe: _Pipe
+    request_ids: set[RequestId] = field(default_factory=set)
+
+    def send(self, events: list[decode_pb2.SequenceEvent]) -> None:
+        for first in range(0, len(events), EVENTS_PER_MESSAGE):
+            step = decode_pb2.StepEvents(events=events[first : first + EVENTS_PER_MESSAGE])
+            self.pipe.send(decode_pb2.DecodeSessionResponse(step=step))
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    """One request that has not ended. Times are the event loop's."""
+
+    session: _Session
+    start: decode_pb2.StartRequest
+    started_at: float
+    prompt: PromptParts | None = None
+    first_token_at: float | None = None
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """All sessions of one decode worker. Event loop only, except `on_output`, which the engine thread calls."""
+
+    def __init__(self, rank: Rank, *, max_requests: int, heartbeat_s: float) -> None:
+        self._rank = rank
+        self._max_requests = max_requests
+        self._heartbeat_s = heartbeat_s
+        self._loop = asyncio.get_running_loop()
+        self._arrivals = count()
+        self._sessions: set[_Session] = set()
+        self._active: dict[RequestId, _Active] = {}
+        self._source: HandoffSource | None = None
+        self._is_draining = False
+
+    def use(self, source: HandoffSource) -> None:
+        """Connects the hand-offs; once, before the server starts."""
+        self._source = source
+
+    @property
+    def source(self) -> HandoffSource:
+        """The hand-offs."""
+        assert self._source is not None, "use() comes before serving"
+        return self._source
+
+    # Sessions
+
+    async def Session(  # type: ignore[override]  # noqa: N802 (reads and writes its context instead of yielding)
+        self, request_iterator: object, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> None:
+        """Serves one gateway until its stream ends; then cancels everything it had."""
+        pipe: _Pipe = SessionPipe(context.read, context.write, heartbeat_s=self._heartbeat_s)
+        session: _Session | None = None
+        try:
+            session = await self._open(pipe)
+            await pipe.run(self._consume(session), make_heartbeat=self._heartbeat)
+        except StaffettaError as error:
+            await abort(context, error)
+        finally:
+            if session is not None:
+                self._close(session)
+
+    async def _open(self, pipe: _Pipe) -> _Session:
+        first = await pipe.receive()
+        if first is None or first.WhichOneof("command") != "open":
+            raise ProtocolError("the first message of a session must open it")
+        check_protocol(first.open.protocol_version)
+        ours = self._rank.identity.model_digest
+        if first.open.model_digest != ours:
+            raise IncompatiblePeerError(
+                f"model_digest is {first.open.model_digest} at the gateway and {ours} here; give both the same model"
+            )
+        session = _Session(secrets.token_hex(16), first.open.gateway_id, pipe)
+        self._sessions.add(session)
+        opened = decode_pb2.DecodeSessionOpened(
+            session_id=session.session_id,
+            identity=self._rank.identity,
+            max_model_len=self._rank.request_limits.max_model_len,
+            max_requests=self._max_requests,
+        )
+        pipe.send(decode_pb2.DecodeSessionResponse(opened=opened))
+        log.info("session %s opened by gateway %s", session.session_id, session.gateway_id)
+        return session
+
+    def _close(self, session: _Session) -> None:
+        self._sessions.discard(session)
+        for request_id in tuple(session.request_ids):
+            self._forget(request_id)
+            self._cancel(request_id)
+        log.info("session %s of gateway %s ended", session.session_id, session.gateway_id)
+
+    async def _consume(self, session: _Session) -> None:
+        while (message := await session.pipe.receive()) is not None:
+            match message.WhichOneof("command"):
+                case "start":
+                    self._start(session, message.start)
+                case "append_prompt":
+                    self._append(session, message.append_prompt)
+                case "grant":
+                    self._grant(session, message.grant)
+                case "cancel":
+                    request_id = RequestId(message.cancel.request_id)
+                    if request_id in session.request_ids:
+                        self._cancel(request_id)
+                case "heartbeat":
+                    pass
+                case other:
+                    raise ProtocolError(f"command {other} has no place in an open session")
+
+    def _heartbeat(self) -> decode_pb2.DecodeSessionResponse:
+        return decode_pb2.DecodeSessionResponse(
+            heartbeat=common_pb2.Heartbeat(
+                engine_steps=self._rank.engine_thread.num_steps, num_requests=len(self._active)
+            )
+        )
+
+    # From the gateway to the engine
+
+    def _start(self, session: _Session, start: decode_pb2.StartRequest) -> None:
+        request_id = RequestId(start.request_id)
+        if request_id in self._active:
+            raise ProtocolError(f"request {request_id} was started twice")
+        active = _Active(session, start, self._loop.time())
+        self._active[request_id] = active
+        session.request_ids.add(request_id)
+        route = Route(
+            preferred=start.prefill_worker,
+            may_recover=start.on_prefill_failure != common_pb2.PREFILL_FAILURE_POLICY_FAIL,
+            sampling=start.sampling,
+        )
+        self.source.add_route(request_id, route)
+        try:
+            if self._is_draining:
+                raise DrainingError(f"{self._rank.identity.worker_id} is draining; another worker can take the request")
+            if len(self._active) > self._max_requests:
+                raise QueueFullError(f"the decode worker holds {self._max_requests} requests already; retry later")
+            validate.check_start(start, self._rank.request_limits)
+            active.prompt = PromptParts(start.num_prompt_tokens, start.token_ids, self._rank.request_limits)
+        except StaffettaError as error:
+            self._fail(request_id, error)
+            return
+        self._admit_when_complete(request_id, active)
+
+    def _append(self, session: _Session, part: decode_pb2.AppendPrompt) -> None:
+        request_id = RequestId(part.request_id)
+        active = self._active.get(request_id)
+        if active is None or active.session is not session or active.prompt is None:
+            return
+        try:
+            active.prompt.append(part.token_ids)
+        except StaffettaError as error:
+            self._fail(request_id, error)
+            return
+        self._admit_when_complete(request_id, active)
+
+    def _admit_when_complete(self, request_id: RequestId, active: _Active) -> None:
+        if active.prompt is None or not active.prompt.is_complete:
+            return
+        start = active.start
+        request = Request(
+            request_id=request_id,
+            kind=RequestKind.GENERATE,
+            prompt_token_ids=active.prompt.take(),
+            sampling=sampling_from_proto(start.sampling, eos_token_ids=self._rank.eos_token_ids),
+            arrival=next(self._arrivals),
+            cache_salt=start.cache_salt,
+            priority=start.priority,
+            credit=start.credit,
+            first_token_index=start.first_token_index,
+        )
+        active.prompt = None
+        added = self._rank.engine_thread.call(lambda engine: engine.add(request))
+        added.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._added, request_id, future))
+
+    def _added(self, request_id: RequestId, added: "Future[None]") -> None:
+        if (error := added.exception()) is not None:
+            self._fail(request_id, error)
+
+    def _grant(self, session: _Session, grant: decode_pb2.Grant) -> None:
+        request_id = RequestId(grant.request_id)
+        if request_id in session.request_ids:
+            self._rank.engine_thread.submit(lambda engine: engine.grant(request_id, grant.tokens))
+
+    def _cancel(self, request_id: RequestId) -> None:
+        active = self._active.get(request_id)
+        if active is not None and active.prompt is not None:
+            # The engine never heard of it: parts of its prompt are still missing.
+            self._finish(request_id, SequenceOutput(request_id, finish_reason=FinishReason.CANCELLED))
+            return
+        self._rank.engine_thread.submit(lambda engine: engine.cancel(request_id))
+
+    # From the engine to the gateway
+
+    def on_output(self, output: StepOutput) -> None:
+        """Takes one step's news. Engine thread."""
+        self._loop.call_soon_threadsafe(self._dispatch, output)
+
+    def on_first_token(self, request_id: RequestId, token: SampledToken, finish_reason: FinishReason | None) -> None:
+        """Sends a prefill worker's first token at once. Its ending, if it is one, follows from the engine."""
+        active = self._active.get(request_id)
+        if active is not None:
+            active.first_token_at = self._loop.time()
+            event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[token_to_proto(token)])
+            active.session.send([event])
+
+    def _dispatch(self, output: StepOutput) -> None:
+        events: dict[_Session, list[decode_pb2.SequenceEvent]] = defaultdict(list)
+        for sequence in output.outputs:
+            active = self._active.get(sequence.request_id)
+            if active is None:
+                continue
+            if sequence.tokens and active.first_token_at is None:
+                active.first_token_at = self._loop.time()
+            if sequence.finish_reason is not None:
+                events[active.session].append(self._ending(active, sequence))
+            elif sequence.tokens:
+                event = decode_pb2.SequenceEvent(request_id=sequence.request_id)
+                event.tokens.extend(map(token_to_proto, sequence.tokens))
+                events[active.session].append(event)
+        for session, session_events in events.items():
+            session.send(session_events)
+
+    def _ending(self, active: _Active, sequence: SequenceOutput) -> decode_pb2.SequenceEvent:
+        """The request's last event; afterwards it is forgotten here."""
+        record = self._forget(sequence.request_id).record
+        event = decode_pb2.SequenceEvent(
+            request_id=sequence.request_id,
+            tokens=map(token_to_proto, sequence.tokens),
+            finish_reason=finish_reason_to_proto(sequence.finish_reason),
+            summary=decode_pb2.SequenceSummary(
+                handoff=common_pb2.HandoffReport(
+                    prefill_worker=record.prefill_worker,
+                    decode_worker=self._rank.identity.worker_id,
+                    transport=record.transport,
+                    handoff_bytes=record.num_bytes,
+                    handoff_blocks=record.num_blocks,
+                    failed_handoffs=record.num_failed,
+                    prefill_cached_tokens=record.prefill_cached_tokens,
+                )
+            ),
+        )
+        if sequence.error is not None:
+            event.failure.CopyFrom(failure_of(sequence.error))
+        if (stats := sequence.stats) is not None:
+            event.summary.cached_tokens = stats.num_cached_tokens
+            event.summary.num_preemptions = stats.num_preemptions
+            event.summary.handoff.locally_prefilled_tokens = stats.num_local_prompt_tokens
+        queue_s = record.prefill_queue_s or (stats.queue_s if stats is not None else 0.0)
+        event.summary.timings.CopyFrom(self._timings(active, queue_s=queue_s, landed_at=record.landed_at))
+        return event
+
+    def _timings(self, active: _Active, *, queue_s: float, landed_at: float | None) -> common_pb2.PhaseTimings:
+        """Splits the time since the request started into phases that add up to it."""
+        now = self._loop.time()
+        first_token_at = now if active.first_token_at is None else active.first_token_at
+        to_first_s = first_token_at - active.started_at
+        queue_s = min(queue_s, to_first_s)
+        transfer_s = 0.0 if landed_at is None else min(max(0.0, landed_at - first_token_at), now - first_token_at)
+        return common_pb2.PhaseTimings(
+            queue_s=queue_s,
+            prefill_s=to_first_s - queue_s,
+            transfer_s=transfer_s,
+            decode_s=now - first_token_at - transfer_s,
+        )
+
+    # Endings
+
+    def _fail(self, request_id: RequestId, error: BaseException) -> None:
+        ended = SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=public_error(error))
+        self._finish(request_id, ended)
+
+    def _finish(self, request_id: RequestId, ended: SequenceOutput) -> None:
+        active = self._active.get(request_id)
+        if active is not None:
+            active.session.send([self._ending(active, ended)])
+
+    def _forget(self, request_id: RequestId) -> Route:
+        active = self._active.pop(request_id)
+        active.session.request_ids.discard(request_id)
+        return self.source.drop_route(request_id)
+
+    # For control and shutdown
+
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self._active)
+
+    def num_sessions(self) -> int:
+        """Open sessions."""
+        return len(self._sessions)
+
+    def begin_drain(self) -> None:
+        """Refuses new requests from now on."""
+        self._is_draining = True
+
+    def cancel_all(self) -> int:
+        """Cancels every request; returns how many there were."""
+        request_ids = tuple(self._active)
+        for request_id in request_ids:
+            self._cancel(request_id)
+        return len(request_ids)

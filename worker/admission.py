@@ -1,0 +1,58 @@
+"""Gathers a prompt that arrives in parts and checks it with the one validator before anything reaches the engine."""
+
+from collections.abc import Sequence
+
+from staffetta import validate
+from staffetta.errors import InvalidRequestError
+from staffetta.v1 import decode_pb2, prefill_pb2
+
+MAX_LEASE_S = 600.0
+
+
+class PromptParts:
+    """Token ids of one prompt, gathered until `num_prompt_tokens` have come. Event loop only."""
+
+    def __init__(self, num_prompt_tokens: int, first: Sequence[int], limits: validate.Limits) -> None:
+        self._num_missing = num_prompt_tokens
+        self._limits = limits
+        self._token_ids: list[int] = []
+        self.append(first)
+
+    def append(self, token_ids: Sequence[int]) -> None:
+        """Adds the next part. Raises InvalidRequestError for ids outside the vocabulary and for more than was announced."""
+        validate.check_prompt_part(token_ids, self._num_missing, self._limits)
+        self._num_missing -= len(token_ids)
+        self._token_ids.extend(token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every announced token is here."""
+        return self._num_missing == 0
+
+    def take(self) -> tuple[int, ...]:
+        """The whole prompt; this object keeps nothing of it."""
+        token_ids = tuple(self._token_ids)
+        self._token_ids = []
+        return token_ids
+
+
+def check_prefill(start: prefill_pb2.StartPrefill, limits: validate.Limits, *, block_size: int) -> None:
+    """Checks what a decode worker asks of a prefill worker, by the same rules that the gateway's request passed."""
+    validate.check_start(
+        decode_pb2.StartRequest(
+            request_id=start.handoff_id,
+            num_prompt_tokens=start.num_prompt_tokens,
+            token_ids=start.token_ids,
+            sampling=start.sampling,
+            cache_salt=start.cache_salt,
+            first_token_index=start.first_token_index,
+        ),
+        limits,
+    )
+    if start.num_held_tokens % block_size or start.num_held_tokens > start.num_prompt_tokens:
+        raise InvalidRequestError(
+            f"num_held_tokens is {start.num_held_tokens}; it must be a multiple of the block size, {block_size}, and at "
+            f"most num_prompt_tokens, {start.num_prompt_tokens}"
+        )
+    if not 0.0 < start.lease_s <= MAX_LEASE_S:
+        raise InvalidRequestError(f"lease_s is {start.lease_s:g}; it must be above 0 and at most {MAX_LEASE_S:g}")

@@ -1,0 +1,134 @@
+"""Turns protobuf messages into the engine's values and back. The only file of the workers that knows both sides' names."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from engine.request import FinishReason, SampledToken, SamplingParams
+from kvtransfer.layout import BlockId, KVLayout
+from kvtransfer.manifest import BlockEntry
+from kvtransfer.transport import TransportOffer
+from staffetta.rpc.session import TOKEN_IDS_PER_MESSAGE
+from staffetta.v1 import common_pb2, prefill_pb2
+
+_FINISH_TO_PROTO = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
+}
+_FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.items()}
+
+
+def finish_reason_to_proto(reason: FinishReason | None) -> common_pb2.FinishReason.ValueType:
+    """None becomes UNSPECIFIED: the sequence goes on."""
+    return common_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_PROTO[reason]
+
+
+def finish_reason_from_proto(number: common_pb2.FinishReason.ValueType) -> FinishReason | None:
+    """UNSPECIFIED and unknown numbers become None."""
+    return _FINISH_FROM_PROTO.get(number)
+
+
+def token_to_proto(token: SampledToken) -> common_pb2.Token:
+    """One generated token for the wire."""
+    message = common_pb2.Token(index=token.index, token_id=token.token_id)
+    if token.logprob is not None:
+        message.logprob = token.logprob
+    for token_id, logprob in token.top_logprobs:
+        message.top_logprobs.add(token_id=token_id, logprob=logprob)
+    return message
+
+
+def token_from_proto(message: common_pb2.Token) -> SampledToken:
+    """One generated token from the wire."""
+    return SampledToken(
+        index=message.index,
+        token_id=message.token_id,
+        logprob=message.logprob if message.HasField("logprob") else None,
+        top_logprobs=tuple((top.token_id, top.logprob) for top in message.top_logprobs),
+    )
+
+
+def sampling_from_proto(message: common_pb2.SamplingParams, *, eos_token_ids: Iterable[int]) -> SamplingParams:
+    """Resolved parameters for the engine. Bounds have been checked by `staffetta.validate` before."""
+    stop_token_ids = frozenset(message.stop_token_ids)
+    if not message.ignore_eos:
+        stop_token_ids |= frozenset(eos_token_ids)
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        stop_token_ids=stop_token_ids,
+        num_logprobs=message.logprobs if message.HasField("logprobs") else None,
+    )
+
+
+def layout_to_proto(layout: KVLayout) -> common_pb2.KVLayout:
+    """The layout for handshakes and announcements."""
+    return common_pb2.KVLayout(
+        layout_id=layout.layout_id,
+        groups=[
+            common_pb2.KVGroup(
+                kind=group.kind,
+                num_layers=group.num_layers,
+                num_kv_heads=group.num_kv_heads,
+                head_dim=group.head_dim,
+                block_size=group.block_size,
+                dtype=group.dtype,
+            )
+            for group in layout.groups
+        ],
+    )
+
+
+def offer_to_proto(offer: TransportOffer) -> prefill_pb2.TransportOffer:
+    """One way to read a pool, for the wire."""
+    return prefill_pb2.TransportOffer(
+        transport=offer.transport,
+        endpoint=offer.endpoint,
+        session_key=offer.session_key,
+        num_blocks=offer.num_blocks,
+    )
+
+
+def offer_from_proto(message: prefill_pb2.TransportOffer) -> TransportOffer:
+    """One way to read a peer's pool, from the wire."""
+    return TransportOffer(
+        transport=message.transport,
+        endpoint=message.endpoint,
+        session_key=message.session_key,
+        num_blocks=message.num_blocks,
+    )
+
+
+def entry_to_proto(entry: BlockEntry) -> prefill_pb2.BlockEntry:
+    """One block's manifest, for the wire."""
+    return prefill_pb2.BlockEntry(
+        block_id=entry.block_id,
+        block_index=entry.block_index,
+        num_tokens=entry.num_tokens,
+        generation=entry.generation,
+        chain_hash=entry.chain_hash,
+        head_checksums=entry.head_checksums,
+    )
+
+
+def entry_from_proto(message: prefill_pb2.BlockEntry) -> BlockEntry:
+    """One block's manifest, from the wire."""
+    return BlockEntry(
+        block_id=BlockId(message.block_id),
+        block_index=message.block_index,
+        num_tokens=message.num_tokens,
+        generation=message.generation,
+        chain_hash=message.chain_hash,
+        head_checksums=tuple(message.head_checksums),
+    )
+
+
+def prompt_parts(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Splits a prompt into runs that fit one session message each; at least one run, the first may be the only one."""
+    yield token_ids[:TOKEN_IDS_PER_MESSAGE]
+    for start in range(TOKEN_IDS_PER_MESSAGE, len(token_ids), TOKEN_IDS_PER_MESSAGE):
+        yield token_ids[start : start + TOKEN_IDS_PER_MESSAGE]

@@ -1,0 +1,234 @@
+"""A worker process from start to end: load, serve, register, drain on SIGTERM, stop.
+
+    load rank ─▶ start engine ─▶ bind and serve ─▶ register ─▶ (SIGTERM) drain ─▶ stop
+                                                                └─ again: stop at once
+
+The exit code is 0 after a drain, 1 when the engine thread failed or the second signal came.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import uvloop
+
+from engine.cache.prefix import CacheEvents
+from engine.engine import EngineCounts
+from staffetta import failpoint
+from staffetta.config.schema import WorkerConfig
+from staffetta.exits import PortError
+from staffetta.rpc import logging as rpc_logging
+from staffetta.rpc.server import BindError, RpcServer
+from staffetta.v1 import common_pb2, control_pb2, control_pb2_grpc, registry_pb2
+from worker.control import ControlServicer, drain
+from worker.rank import Rank, load_rank
+from worker.registration import Registration
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+STOP_GRACE_S = 1.0
+
+
+class Service(Protocol):
+    """What a role adds to a worker. Made on the event loop, once the rank is loaded."""
+
+    def add_to(self, server: RpcServer) -> None:
+        """Adds the servicer."""
+
+    def start(self) -> None:
+        """Starts the engine and the role's own tasks."""
+
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+
+    def num_sessions(self) -> int:
+        """Open sessions."""
+
+    def begin_drain(self) -> None:
+        """Refuses new requests."""
+
+    def cancel_all(self) -> int:
+        """Cancels every request."""
+
+    def handoff_counts(self) -> Sequence[control_pb2.HandoffCount]:
+        """How hand-offs ended."""
+
+    def links(self) -> Sequence[registry_pb2.PeerLink]:
+        """Working sessions to prefill workers."""
+
+    def on_peers(self, gateway: str, peers: Sequence[registry_pb2.Peer]) -> None:
+        """Hears which prefill workers a gateway names."""
+
+    async def close(self) -> None:
+        """Ends the role's tasks and readers; afterwards nothing of it touches the pool."""
+
+
+class Worker:
+    """One running worker: what control and registration ask of it. Event loop only."""
+
+    def __init__(self, rank: Rank, make_service: "Callable[[Worker], Service]") -> None:
+        self.rank = rank
+        self.identity = rank.identity
+        self.backend = rank.runner.backend_name
+        self._server = RpcServer(["staffetta.v1.ControlService", *_SERVICE_OF_ROLE[rank.identity.role]])
+        self._service = make_service(self)
+        self._registration: Registration | None = None
+        self._is_draining = False
+        self._failed = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def on_engine_failure(self, error: BaseException) -> None:
+        """The engine's loop is over: so is this worker. Engine thread."""
+        self._loop.call_soon_threadsafe(self._failed.set)
+
+    def report_now(self) -> None:
+        """Something that gateways should know at once has changed."""
+        if self._registration is not None:
+            self._registration.report_now()
+
+    # For control
+
+    async def counts(self) -> EngineCounts:
+        """The engine's counts, taken on its thread."""
+        return await asyncio.wrap_future(self.rank.engine_thread.call(lambda engine: engine.counts()))
+
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return self._service.num_requests()
+
+    def num_sessions(self) -> int:
+        """Open sessions."""
+        return self._service.num_sessions()
+
+    def handoff_counts(self) -> Sequence[control_pb2.HandoffCount]:
+        """How hand-offs ended."""
+        return self._service.handoff_counts()
+
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._is_draining
+
+    async def begin_drain(self) -> None:
+        """Refuses new requests and says so to probes and gateways."""
+        if not self._is_draining:
+            self._is_draining = True
+            self._service.begin_drain()
+            await self._server.set_draining()
+            self.report_now()
+
+    def cancel_all(self) -> int:
+        """Cancels every request."""
+        return self._service.cancel_all()
+
+    # For registration
+
+    async def load(self) -> registry_pb2.WorkerLoad:
+        """The load now."""
+        counts = await self.counts()
+        return registry_pb2.WorkerLoad(
+            num_running=counts.num_running,
+            num_waiting=counts.num_waiting + counts.num_held,
+            num_pending_tokens=counts.num_pending_tokens,
+            num_available_blocks=counts.free_blocks + counts.cached_blocks,
+            is_draining=self._is_draining,
+            engine_steps=counts.engine_steps,
+        )
+
+    async def cache_events(self) -> CacheEvents:
+        """What entered and left the prefix cache since the last call."""
+        return await asyncio.wrap_future(self.rank.engine_thread.call(lambda engine: engine.drain_cache_events()))
+
+    async def cache_snapshot(self) -> CacheEvents:
+        """The whole prefix cache."""
+        return await asyncio.wrap_future(self.rank.engine_thread.call(lambda engine: engine.cache_snapshot()))
+
+    def links(self) -> Sequence[registry_pb2.PeerLink]:
+        """Working sessions to prefill workers."""
+        return self._service.links()
+
+    # The course of the process
+
+    async def run(self) -> int:
+        """Serves until told to stop; returns the exit code."""
+        config = self.rank.config
+        terminations: asyncio.Queue[int] = asyncio.Queue()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, terminations.put_nowait, number)
+        self._service.start()
+        self._service.add_to(self._server)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(self), self._server.grpc)
+        try:
+            address = await self._server.start(config.listen)
+        except BindError as error:
+            raise PortError(
+                "PORT_IN_USE", str(error), why="another process may have it", fix="--listen 127.0.0.1:0"
+            ) from error
+        await self._server.set_serving()
+        registration = Registration(config.gateways, self._announcement(address), self, on_peers=self._service.on_peers)
+        self._registration = registration
+        log.info("%s serves on %s", self.identity.worker_id, address)
+        registering = asyncio.create_task(registration.run(), name="registration")
+        try:
+            return await self._serve_until_told(terminations)
+        finally:
+            registering.cancel()
+            await asyncio.gather(registering, return_exceptions=True)
+            await self._server.stop(grace_s=STOP_GRACE_S)
+            await self._service.close()
+            await asyncio.to_thread(self.rank.stop)
+
+    async def _serve_until_told(self, terminations: "asyncio.Queue[int]") -> int:
+        told = asyncio.create_task(terminations.get())
+        failed = asyncio.create_task(self._failed.wait())
+        await asyncio.wait({told, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            told.cancel()
+            return 1
+        log.info("%s drains", self.identity.worker_id)
+        draining = asyncio.create_task(self._drain())
+        told_again = asyncio.create_task(terminations.get())
+        await asyncio.wait({draining, told_again, failed}, return_when=asyncio.FIRST_COMPLETED)
+        is_drained = draining.done()
+        for task in (draining, told_again, failed):
+            task.cancel()
+        return 0 if is_drained else 1
+
+    async def _drain(self) -> None:
+        async for progress in drain(self, timeout_s=DRAIN_S):
+            log.info("%s: %d requests left", self.identity.worker_id, progress.num_remaining)
+
+    def _announcement(self, address: str) -> registry_pb2.WorkerAnnouncement:
+        config = self.rank.config
+        return registry_pb2.WorkerAnnouncement(
+            identity=self.identity,
+            address=config.advertise or address,
+            num_blocks=self.rank.num_blocks,
+            max_model_len=self.rank.request_limits.max_model_len,
+            prefills_locally=getattr(config, "local_prefill", "never") == "auto",
+            pool_bytes=self.rank.num_blocks * self.rank.layout.page_bytes,
+            num_parameters=self.rank.runner.num_parameters,
+            backend=self.backend,
+        )
+
+
+_SERVICE_OF_ROLE = {
+    common_pb2.WORKER_ROLE_PREFILL: ("staffetta.v1.PrefillService",),
+    common_pb2.WORKER_ROLE_DECODE: ("staffetta.v1.DecodeService",),
+}
+
+
+def run_worker(
+    config: WorkerConfig, role: common_pb2.WorkerRole.ValueType, make_service: Callable[[Worker], Service]
+) -> int:
+    """Runs one worker in this process and returns its exit code. Raises OperatorError when it cannot start."""
+    failpoint.arm(config.failpoints)
+    rank = load_rank(config, role)
+    rpc_logging.configure(rank.identity.worker_id, config.log_level)
+
+    async def main() -> int:
+        return await Worker(rank, make_service).run()
+
+    return uvloop.run(main())

@@ -1,0 +1,194 @@
+"""One rank of a worker: weights, KV pool, engine thread and exporters, built from a configuration and taken down in order.
+
+The pool's memory outlives everything that touches it: exporters and readers are closed, then the engine stops, then the
+memory goes.
+"""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import demo
+from engine.cache.source import KVSource
+from engine.engine import Engine, EngineLimits
+from engine.model_config import ModelConfig, resolve_dtype
+from engine.request import StepOutput
+from engine.runner import ModelRunner, load_runner
+from engine.thread import EngineThread
+from kvtransfer.layout import KVLayout
+from kvtransfer.memory import PoolMemory
+from kvtransfer.ticket import TicketBook
+from kvtransfer.transport import KVExporter, export
+from staffetta.config.schema import WorkerConfig
+from staffetta.exits import DoesNotFitError, UsageError
+from staffetta.hashing import BlockHasher
+from staffetta.identity import model_digest
+from staffetta.v1 import common_pb2
+from staffetta.validate import Limits
+from worker.codec import layout_to_proto
+
+EMBEDDED_MODEL = "demo"
+
+
+@dataclass(slots=True, eq=False)
+class Rank:
+    """Everything of a worker that is not network. Built by `load_rank`; `start` makes the engine run."""
+
+    config: WorkerConfig
+    identity: common_pb2.WorkerIdentity
+    layout: KVLayout
+    memory: PoolMemory
+    num_blocks: int
+    runner: ModelRunner
+    request_limits: Limits
+    """The model's bounds as the validator wants them; the context is also bounded by the pool."""
+    eos_token_ids: tuple[int, ...]
+    tickets: TicketBook
+    _engine_thread: EngineThread | None = None
+
+    @property
+    def engine_thread(self) -> EngineThread:
+        """The way to the engine."""
+        assert self._engine_thread is not None, "start() comes first"
+        return self._engine_thread
+
+    def start(
+        self,
+        *,
+        source: KVSource | None,
+        on_output: Callable[[StepOutput], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """Starts the engine thread. The callbacks are called on it."""
+        config = self.config
+        engine = Engine(
+            self.runner,
+            num_blocks=self.num_blocks,
+            hasher=BlockHasher(_cluster_key(config), block_size=config.block_size),
+            limits=EngineLimits(
+                max_model_len=self.request_limits.max_model_len,
+                max_batch_tokens=config.max_batch_tokens,
+                max_sequences=config.max_sequences,
+                max_requests=config.max_requests,
+                prefix_caching=config.prefix_caching,
+            ),
+            source=source,
+        )
+        self._engine_thread = EngineThread(engine, on_output=on_output, on_failure=on_failure)
+        self._engine_thread.start()
+
+    def stop(self) -> None:
+        """Ends the engine thread, then the pool's memory. Whoever reads or exports the pool has been closed before."""
+        if self._engine_thread is not None:
+            self._engine_thread.stop()
+        self._engine_thread = None
+        del self.runner  # its tensors are views of the memory
+        self.memory.close()
+
+
+def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Rank:
+    """Reads the model, makes the pool and loads the weights.
+
+    Raises ModelNotFoundError, ModelRefusedError, UsageError or DoesNotFitError, with the fix.
+    """
+    directory = demo.MODEL_DIR if config.model == EMBEDDED_MODEL else Path(config.model)
+    model_config = ModelConfig.from_directory(directory)
+    digest = model_digest(directory)
+    layout = model_config.kv_layout(
+        block_size=config.block_size, dtype=resolve_dtype(config.dtype), model_digest=digest
+    )
+    num_blocks = config.num_blocks or config.kv_memory // layout.page_bytes
+    pool_bytes = num_blocks * layout.page_bytes
+    _check_pool(config, num_blocks=num_blocks, pool_bytes=pool_bytes, page_bytes=layout.page_bytes)
+    memory = PoolMemory(num_blocks, layout.page_bytes)
+    runner = load_runner(
+        directory,
+        model_config,
+        layout,
+        pool=memory.buffer,
+        num_blocks=num_blocks,
+        threads=config.threads or len(os.sched_getaffinity(0)),
+        device="cpu",
+    )
+    max_model_len = min(
+        config.max_model_len or model_config.max_position_embeddings,
+        model_config.max_position_embeddings,
+        num_blocks * config.block_size,
+    )
+    identity = common_pb2.WorkerIdentity(
+        worker_id=config.worker_id or f"{_role_name(role)}-{os.getpid()}",
+        incarnation=secrets.token_hex(8),
+        role=role,
+        model=config.served_model_name or (EMBEDDED_MODEL if config.model == EMBEDDED_MODEL else directory.name),
+        model_digest=digest,
+        numerics_digest=runner.numerics_digest,
+        layout=layout_to_proto(layout),
+    )
+    return Rank(
+        config=config,
+        identity=identity,
+        layout=layout,
+        memory=memory,
+        num_blocks=num_blocks,
+        runner=runner,
+        request_limits=Limits(vocab_size=model_config.vocab_size, max_model_len=max_model_len),
+        eos_token_ids=tuple(model_config.eos_token_ids),
+        tickets=TicketBook(),
+    )
+
+
+def open_exporters(rank: Rank) -> list[KVExporter]:
+    """Exports the pool by every transport of the configuration that this machine can serve."""
+    config = rank.config
+    exporters: list[KVExporter] = []
+    for transport in config.transports:
+        if transport == "shm" and not rank.memory.is_shareable:
+            continue
+        exporters.append(
+            export(
+                transport,
+                rank.memory,
+                tickets=rank.tickets,
+                shm_dir=Path(config.shm_dir or tempfile.mkdtemp(prefix="staffetta-")),
+                listen=config.transfer_listen,
+                advertise=config.transfer_advertise,
+            )
+        )
+    return exporters
+
+
+def _cluster_key(config: WorkerConfig) -> bytes:
+    if not config.cluster_key:
+        return secrets.token_bytes(32)
+    try:
+        return bytes.fromhex(config.cluster_key)
+    except ValueError as error:
+        raise UsageError(
+            "BAD_CLUSTER_KEY", "cluster_key is not hexadecimal", why="it keys the block-hash chain",
+            fix="STAFFETTA_CLUSTER_KEY=$(openssl rand -hex 32)",
+        ) from error  # fmt: skip
+
+
+def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_bytes: int) -> None:
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_blocks < 1:
+        raise DoesNotFitError(
+            "KV_POOL_TOO_SMALL",
+            f"the KV pool of {config.kv_memory} bytes holds no block",
+            why=f"one block of {config.block_size} tokens has {page_bytes} bytes",
+            fix=f"--kv-memory {64 * page_bytes}",
+        )
+    if pool_bytes > available:
+        raise DoesNotFitError(
+            "KV_POOL_TOO_LARGE",
+            f"the KV pool has {pool_bytes} bytes",
+            why=f"{available} bytes of memory are free",
+            fix=f"--num-blocks {max(1, available // 2 // page_bytes)}",
+        )
+
+
+def _role_name(role: common_pb2.WorkerRole.ValueType) -> str:
+    return "prefill" if role == common_pb2.WORKER_ROLE_PREFILL else "decode"

@@ -1,0 +1,174 @@
+"""Keeps a worker registered with every gateway it is told of: one stream each, redialled for as long as the worker lives.
+
+Each stream starts with the announcement and a snapshot of the prefix cache; after that, reports carry load and what entered
+or left the cache since the last one. A gateway that saw a gap in the numbers asks for a snapshot. Event loop only.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import grpc.aio
+
+from engine.cache.prefix import CacheEvents
+from staffetta.errors import StaffettaError
+from staffetta.rpc.channel import open_channel
+from staffetta.rpc.status import error_from_rpc
+from staffetta.v1 import registry_pb2, registry_pb2_grpc
+
+REPORT_INTERVAL_S = 0.25
+REDIAL_S = 0.5
+MAX_EVENTS_PER_REPORT = 8192
+"""9 bytes an event keeps a report well below the message bound; what is above it waits for the next report."""
+
+log = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """What a worker tells about itself."""
+
+    async def load(self) -> registry_pb2.WorkerLoad:
+        """The load now."""
+
+    async def cache_events(self) -> CacheEvents:
+        """What entered and left the prefix cache since the last call."""
+
+    async def cache_snapshot(self) -> CacheEvents:
+        """The whole prefix cache, as stored blocks."""
+
+    def links(self) -> Sequence[registry_pb2.PeerLink]:
+        """Working sessions to prefill workers; empty for prefill workers."""
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One gateway's stream and what it has not been told yet: block hash -> whether it is in the cache now."""
+
+    report_now: asyncio.Event = field(default_factory=asyncio.Event)
+    changes: dict[int, bool] = field(default_factory=dict)
+    wants_snapshot: bool = True
+
+    def take_changes(self) -> list[tuple[int, bool]]:
+        """Removes and returns as many changes as one report carries, oldest first."""
+        taken = list(islice(self.changes.items(), MAX_EVENTS_PER_REPORT))
+        for block_hash, _ in taken:
+            del self.changes[block_hash]
+        return taken
+
+
+class Registration:
+    """Runs one registration stream per gateway, and one reporter that feeds them all."""
+
+    def __init__(
+        self,
+        gateways: Sequence[str],
+        announcement: registry_pb2.WorkerAnnouncement,
+        reporter: Reporter,
+        *,
+        on_peers: Callable[[str, Sequence[registry_pb2.Peer]], None],
+    ) -> None:
+        """`on_peers` is told which prefill workers each gateway (first argument) names, whenever that changes."""
+        self._gateways = tuple(gateways)
+        self._announcement = announcement
+        self._reporter = reporter
+        self._on_peers = on_peers
+        self._streams: set[_Stream] = set()
+
+    def report_now(self) -> None:
+        """Sends the next report without waiting for its interval: links or draining changed."""
+        for stream in self._streams:
+            stream.report_now.set()
+
+    async def run(self) -> None:
+        """Registers until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._collect(), name="cache-events")
+            for gateway in self._gateways:
+                tasks.create_task(self._keep_registered(gateway), name=f"register-{gateway}")
+
+    async def _collect(self) -> None:
+        """Drains the cache's events once and gives them to every stream."""
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL_S)
+            events = await self._reporter.cache_events()
+            for stream in self._streams:
+                stream.changes.update(dict.fromkeys(events.removed, False))
+                stream.changes.update(dict.fromkeys(events.stored, True))
+
+    async def _keep_registered(self, gateway: str) -> None:
+        is_first_failure = True
+        while True:
+            channel = open_channel(gateway)
+            try:
+                await self._register(gateway, channel)
+                log.info("gateway %s closed the registration; dialling again", gateway)
+                is_first_failure = True
+            except grpc.aio.AioRpcError as error:
+                if is_first_failure:
+                    log.warning("registration with gateway %s ended: %s", gateway, error_from_rpc(error).message)
+                is_first_failure = False
+            except StaffettaError as error:
+                log.warning("registration with gateway %s ended: %s", gateway, error.message)
+            finally:
+                self._on_peers(gateway, ())
+                await channel.close()
+            await asyncio.sleep(REDIAL_S)
+
+    async def _register(self, gateway: str, channel: grpc.aio.Channel) -> None:
+        call = registry_pb2_grpc.RegistryServiceStub(channel).Register()
+        stream = _Stream()
+        self._streams.add(stream)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reports = tasks.create_task(self._report(call.write, stream))
+                await self._read(gateway, call, stream)
+                reports.cancel()
+        except* grpc.aio.AioRpcError as group:
+            raise _first(group) from None
+        finally:
+            self._streams.discard(stream)
+            call.cancel()
+
+    async def _report(self, write: Callable[[registry_pb2.RegisterRequest], Awaitable[None]], stream: _Stream) -> None:
+        number = 0
+        while True:
+            number += 1
+            report = registry_pb2.RegisterRequest(sequence_number=number, load=await self._reporter.load())
+            if number == 1:
+                report.announcement.CopyFrom(self._announcement)
+            report.links.extend(self._reporter.links())
+            if stream.wants_snapshot:
+                stream.wants_snapshot = False
+                snapshot = await self._reporter.cache_snapshot()
+                stream.changes = dict.fromkeys(snapshot.stored, True)
+                report.is_snapshot = True
+            for block_hash, is_stored in stream.take_changes():
+                (report.stored_blocks if is_stored else report.removed_blocks).append(block_hash)
+            await write(report)
+            stream.report_now.clear()
+            try:
+                async with asyncio.timeout(REPORT_INTERVAL_S):
+                    await stream.report_now.wait()
+            except TimeoutError:
+                continue
+
+    async def _read(
+        self,
+        gateway: str,
+        call: "grpc.aio.StreamStreamCall[registry_pb2.RegisterRequest, registry_pb2.RegisterResponse]",
+        stream: _Stream,
+    ) -> None:
+        async for response in call:
+            if response.wants_snapshot:
+                stream.wants_snapshot = True
+            self._on_peers(gateway, tuple(response.prefill_peers))
+
+
+def _first(group: BaseExceptionGroup[grpc.aio.AioRpcError]) -> BaseException:
+    first: BaseException = group.exceptions[0]
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
