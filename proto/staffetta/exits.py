@@ -8,7 +8,6 @@ hides a defect: whatever is not an `OperatorError` keeps its traceback.
 import sys
 from collections.abc import Callable
 from enum import IntEnum
-from typing import ClassVar
 
 
 class ExitCode(IntEnum):
@@ -32,7 +31,7 @@ class OperatorError(Exception):
     `name` is upper snake case; `what` and `why` say it with the numbers; `fix` is a line to paste.
     """
 
-    exit_code: ClassVar[ExitCode] = ExitCode.FAILURE
+    exit_code: ExitCode = ExitCode.FAILURE
 
     def __init__(self, name: str, what: str, *, why: str, fix: str) -> None:
         super().__init__(what)

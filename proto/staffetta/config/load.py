@@ -61,11 +61,12 @@ def resolve(schema: type[T], flags: argparse.Namespace, *, environ: Mapping[str,
     for name, setting in settings_of(schema).items():
         if name in flag_values:
             values[name], origins[name] = _from_flag(setting, flag_values[name])
-        elif (variable := _variable(name, role, environ)) is not None:
-            origins[name] = Origin(OriginKind.ENVIRONMENT, variable)
+        elif (variable := next(filter(environ.get, _variables(name, role)), None)) is not None:
+            is_own = variable == _variables(name, role)[0]
+            origins[name] = Origin(OriginKind.ENVIRONMENT, variable, is_own=is_own)
             values[name] = parse(setting, environ[variable], origins[name])
         elif (section := next((s for s in (role, "common") if name in sections.get(s, {})), None)) is not None:
-            origins[name] = Origin(OriginKind.FILE, f"{path}: {section}.{name}")
+            origins[name] = Origin(OriginKind.FILE, f"{path}: {section}.{name}", is_own=section == role)
             values[name] = _from_file(setting, sections[section][name], origins[name])
         else:
             values[name], origins[name] = setting.default, DEFAULT
@@ -88,8 +89,8 @@ def parse(setting: Setting, text: str, origin: Origin) -> Any:
 
 def _from_flag(setting: Setting, given: Sequence[str] | bool) -> tuple[Any, Origin]:
     if isinstance(given, bool):
-        return given, Origin(OriginKind.FLAG, setting.flag if given else setting.negative_flag)
-    origin = Origin(OriginKind.FLAG, setting.flag)
+        return given, Origin(OriginKind.FLAG, setting.flag if given else setting.negative_flag, is_own=True)
+    origin = Origin(OriginKind.FLAG, setting.flag, is_own=True)
     parsed = [parse(setting, text, origin) for text in given]
     return (tuple(part for parts in parsed for part in parts) if setting.is_list else parsed[-1]), origin
 
@@ -112,16 +113,16 @@ def _from_file(setting: Setting, value: object, origin: Origin) -> Any:
     )
 
 
-def _variable(name: str, role: str, environ: Mapping[str, str]) -> str | None:
-    candidates = (f"{PREFIX}{role}_{name}".upper(), f"{PREFIX}{name}".upper())
-    return next((candidate for candidate in candidates if environ.get(candidate)), None)
+def _variables(name: str, role: str) -> tuple[str, str]:
+    """The role's own variable and the shared one."""
+    return f"{PREFIX}{role}_{name}".upper(), f"{PREFIX}{name}".upper()
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
     known = {CONFIG_VARIABLE}
     for role, schema in ROLES.items():
         for name in settings_of(schema):
-            known |= {f"{PREFIX}{role}_{name}".upper(), f"{PREFIX}{name}".upper()}
+            known.update(_variables(name, role))
     for variable in sorted(environ):
         if variable.startswith(PREFIX) and variable not in known:
             raise unknown_setting(f"no variable is called {variable}", variable, known, fix="unset " + variable)

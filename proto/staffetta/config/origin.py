@@ -20,6 +20,8 @@ class Origin:
 
     kind: OriginKind
     where: str
+    is_own: bool = False
+    """Whether the value was written for this role alone, not for every role that has the setting."""
 
     def __str__(self) -> str:
         return f"{self.kind.value} {self.where}".rstrip()

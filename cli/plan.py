@@ -1,0 +1,113 @@
+"""Decides what `staffetta serve` starts: each child's name and complete configuration. Pure.
+
+A setting that serve and a role share: serve's flag, else what is written for that very role, else serve's value. So one
+file drives a whole deployment and a flag still overrules it. Addresses and names are serve's own: everything is on this
+machine, whatever a file says for other hosts.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from staffetta.config.load import Loaded
+from staffetta.config.origin import OriginKind
+from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
+
+T = TypeVar("T", GatewayConfig, PrefillConfig, DecodeConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the machine and the moment add to the settings."""
+
+    http: str
+    """host:port of the REST door, its port chosen."""
+    grpc: str
+    """host:port of the gRPC door, its port chosen."""
+    shm_dir: str
+    cluster_key: str
+    num_cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker."""
+
+    name: str
+    role: str
+    config: PrefillConfig | DecodeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ServePlan:
+    """Everything that serve starts."""
+
+    gateway: GatewayConfig
+    workers: tuple[WorkerPlan, ...]
+
+    @property
+    def max_threads(self) -> int:
+        """The most threads that any worker computes with."""
+        return max(worker.config.threads for worker in self.workers)
+
+    def names(self, role: str) -> tuple[str, ...]:
+        """The names of one role's workers."""
+        return tuple(worker.name for worker in self.workers if worker.role == role)
+
+
+def plan_serve(
+    serve: Loaded[ServeConfig],
+    *,
+    gateway: Loaded[GatewayConfig],
+    prefill: Loaded[PrefillConfig],
+    decode: Loaded[DecodeConfig],
+    surroundings: Surroundings,
+) -> ServePlan:
+    """Plans the children; `gateway`, `prefill` and `decode` are loaded without flags."""
+    config = serve.config
+    share = max(1, surroundings.num_cores // (config.prefill + config.decode))
+    log_level = "warning" if serve.origins["log_level"].kind is OriginKind.DEFAULT else config.log_level
+    shared: dict[str, Any] = {"cluster_key": surroundings.cluster_key, "log_level": log_level}
+    worker: dict[str, Any] = shared | {
+        "listen": "127.0.0.1:0",
+        "advertise": "",
+        "transfer_listen": "127.0.0.1:0",
+        "transfer_advertise": "",
+        "gateways": (dialable(surroundings.grpc),),
+        "shm_dir": surroundings.shm_dir,
+    }
+    prefill_config = dataclasses.replace(
+        _merge(serve, prefill), **worker, failpoints=config.prefill_failpoints or prefill.config.failpoints
+    )
+    decode_config = dataclasses.replace(
+        _merge(serve, decode),
+        **worker,
+        failpoints=config.decode_failpoints or decode.config.failpoints,
+        local_prefill="never" if config.no_local_prefill else decode.config.local_prefill,
+    )
+    workers = [
+        WorkerPlan(name, role, dataclasses.replace(role_config, worker_id=name, threads=role_config.threads or share))
+        for role, count, role_config in (
+            ("prefill", config.prefill, prefill_config),
+            ("decode", config.decode, decode_config),
+        )
+        for name in (f"{role}-{number}" for number in range(count))
+    ]
+    doors: dict[str, Any] = {"http": surroundings.http, "grpc": surroundings.grpc}
+    return ServePlan(dataclasses.replace(_merge(serve, gateway), **shared, **doors), tuple(workers))
+
+
+def dialable(address: str) -> str:
+    """Where a process of this machine reaches what listens on `address`: loopback for a listener on all interfaces."""
+    host, _, port = address.rpartition(":")
+    return f"{({'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}).get(host, host)}:{port}"  # noqa: S104 (compared, not bound)
+
+
+def _merge(serve: Loaded[ServeConfig], role: Loaded[T]) -> T:
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(role.config):
+        if (origin := serve.origins.get(field.name)) is None:
+            continue
+        if origin.kind is OriginKind.FLAG or not role.origins[field.name].is_own:
+            changes[field.name] = getattr(serve.config, field.name)
+    return dataclasses.replace(role.config, **changes)

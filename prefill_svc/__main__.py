@@ -1,0 +1,21 @@
+"""`python -m prefill_svc`, which is `staffetta prefill`: one prefill worker, set up by flags, environment and file."""
+
+import sys
+from collections.abc import Sequence
+
+from staffetta.config.load import load
+from staffetta.config.schema import PrefillConfig
+from staffetta.exits import run
+
+
+def run_prefill(argv: Sequence[str]) -> int:
+    """Runs until SIGTERM has drained the worker; the exit code. Raises OperatorError."""
+    config = load(PrefillConfig, argv).config
+    # Only now: a wrong flag is told at once, not after torch's import.
+    from prefill_svc.main import main
+
+    return main(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(lambda: run_prefill(sys.argv[1:])))
