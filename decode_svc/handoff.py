@@ -12,6 +12,7 @@ The destination blocks belong to the read until its future resolves: only then i
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -50,7 +51,7 @@ class HandoffState(Enum):
 
 @dataclass(slots=True)
 class HandoffRecord:
-    """What is reported of a request's hand-offs, all attempts together. Event loop only; times are the loop's."""
+    """What is reported of a request's hand-offs, all attempts together. Event loop only; times are monotonic."""
 
     prefill_worker: str = ""
     transport: str = ""
@@ -73,7 +74,7 @@ class Peer(Protocol):
         """The transport in use."""
 
     def last_progress(self) -> float:
-        """Loop time at which the peer last showed that its engine advances."""
+        """Monotonic time at which the peer last showed that its engine advances."""
 
     def read(self, ticket: bytes, reads: list[BlockRead]) -> "Future[int]":
         """Starts reading blocks; resolves when nothing touches the local ones any more."""
@@ -138,7 +139,7 @@ class Handoff:
     def on_first_token(self, message: prefill_pb2.FirstToken) -> None:
         """The first token goes to the client at once, KV in flight or not. A later attempt's is the same: dropped."""
         if self.record.first_token_at is None:
-            self.record.first_token_at = asyncio.get_running_loop().time()
+            self.record.first_token_at = time.monotonic()
             self.record.prefill_cached_tokens = message.cached_tokens
             self.record.prefill_queue_s = message.queue_s
             token = token_from_proto(message.token)
@@ -189,7 +190,7 @@ class Handoff:
             num_landed = await self._pull(chunk, grant, num_landed)
             if num_landed < num_prompt_tokens:
                 self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
-        self.record.landed_at = asyncio.get_running_loop().time()
+        self.record.landed_at = time.monotonic()
         self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
         while self.record.first_token_at is None:
             await self._wait_for_news()
@@ -208,14 +209,14 @@ class Handoff:
 
     async def _wait_for_news(self) -> None:
         """Waits for the peer. Raises HandoffFailedError when its engine has not advanced for `timeout_s`."""
-        started = asyncio.get_running_loop().time()
+        started = time.monotonic()
         self._news.clear()
         while not self._news.is_set():
             try:
                 async with asyncio.timeout(PROGRESS_CHECK_S):
                     await self._news.wait()
             except TimeoutError:
-                quiet_s = asyncio.get_running_loop().time() - max(started, self.peer.last_progress())
+                quiet_s = time.monotonic() - max(started, self.peer.last_progress())
                 if quiet_s > self.timeout_s:
                     raise HandoffFailedError(
                         f"{self.peer.worker_id} made no progress for {quiet_s:.1f} s, the limit is {self.timeout_s:g} s"

@@ -6,6 +6,7 @@ only; `views` is replaced as a whole, so that the engine thread can read it.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class PeerSession:
     self_test: SelfTest
     handoffs: dict[str, Handoff] = field(default_factory=dict)
     _engine_steps: int = -1
-    _progress_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    _progress_at: float = field(default_factory=time.monotonic)
 
     @property
     def transport(self) -> str:
@@ -50,7 +51,7 @@ class PeerSession:
         return self.reader.transport
 
     def last_progress(self) -> float:
-        """Loop time at which the peer's engine last advanced or said something."""
+        """Monotonic time at which the peer's engine last advanced or said something."""
         return self._progress_at
 
     def read(self, ticket: bytes, reads: list[BlockRead]) -> "Future[int]":
@@ -79,7 +80,7 @@ class PeerSession:
 
     def on_events(self, events: Iterable[prefill_pb2.PrefillEvent]) -> None:
         """Passes the peer's news on. Events of hand-offs that ended meanwhile are late and dropped."""
-        self._progress_at = asyncio.get_running_loop().time()
+        self._progress_at = time.monotonic()
         for event in events:
             handoff = self.handoffs.get(event.handoff_id)
             if handoff is None:
@@ -96,7 +97,7 @@ class PeerSession:
         """Notes whether the peer's engine advances."""
         if heartbeat.engine_steps != self._engine_steps:
             self._engine_steps = heartbeat.engine_steps
-            self._progress_at = asyncio.get_running_loop().time()
+            self._progress_at = time.monotonic()
 
     def lose(self, error: StaffettaError) -> None:
         """Fails every hand-off: the session is over."""

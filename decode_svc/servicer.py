@@ -14,6 +14,7 @@ It never decides about tokens and never waits for a gateway to read.
 import asyncio
 import logging
 import secrets
+import time
 from collections import defaultdict
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class _Session:
 
 @dataclass(slots=True, eq=False)
 class _Active:
-    """One request that has not ended. Times are the event loop's."""
+    """One request that has not ended. Times are monotonic."""
 
     session: _Session
     start: decode_pb2.StartRequest
@@ -183,7 +184,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         request_id = RequestId(start.request_id)
         if request_id in self._active:
             raise ProtocolError(f"request {request_id} was started twice")
-        active = _Active(session, start, self._loop.time())
+        active = _Active(session, start, time.monotonic())
         self._active[request_id] = active
         session.request_ids.add(request_id)
         route = Route(
@@ -262,7 +263,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Sends a prefill worker's first token at once. Its ending, if it is one, follows from the engine."""
         active = self._active.get(request_id)
         if active is not None:
-            active.first_token_at = self._loop.time()
+            active.first_token_at = time.monotonic()
             event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[token_to_proto(token)])
             active.session.send([event])
 
@@ -273,7 +274,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             if active is None:
                 continue
             if sequence.tokens and active.first_token_at is None:
-                active.first_token_at = self._loop.time()
+                active.first_token_at = time.monotonic()
             if sequence.finish_reason is not None:
                 events[active.session].append(self._ending(active, sequence))
             elif sequence.tokens:
@@ -314,7 +315,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _timings(self, active: _Active, *, queue_s: float, landed_at: float | None) -> common_pb2.PhaseTimings:
         """Splits the time since the request started into phases that add up to it."""
-        now = self._loop.time()
+        now = time.monotonic()
         first_token_at = now if active.first_token_at is None else active.first_token_at
         to_first_s = first_token_at - active.started_at
         queue_s = min(queue_s, to_first_s)

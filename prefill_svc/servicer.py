@@ -61,7 +61,7 @@ class _Session:
 
 @dataclass(slots=True, eq=False)
 class _Handoff:
-    """One prefill for one session. `prompt` is gone once the engine has it; `ticket` is empty until blocks were announced."""
+    """One prefill for one session. `prompt` is None once the engine has it; `ticket` is empty before the first chunk."""
 
     session: _Session
     start: prefill_pb2.StartPrefill
@@ -232,8 +232,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             if handoff is None:
                 continue
             blocks = self._blocks_to_move(handoff, sequence.final_blocks)
-            for first in range(0, len(blocks), self._blocks_per_message):
-                chunks.append(_Chunk(sequence.request_id, blocks[first : first + self._blocks_per_message]))
+            size = self._blocks_per_message
+            chunks.extend(
+                _Chunk(sequence.request_id, blocks[first : first + size]) for first in range(0, len(blocks), size)
+            )
             if sequence.error is not None or sequence.finish_reason is FinishReason.CANCELLED:
                 self._fail(sequence.request_id, sequence.error or HandoffFailedError("the prefill was cancelled"))
             elif sequence.tokens:

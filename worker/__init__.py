@@ -1,1 +1,1 @@
-"""What prefill and decode services share: the engine and its pool as one rank, codecs, membership, control, life cycle."""
+"""What prefill and decode services share: engine and pool as one rank, codecs, membership, control, life cycle."""

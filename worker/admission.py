@@ -19,7 +19,7 @@ class PromptParts:
         self.append(first)
 
     def append(self, token_ids: Sequence[int]) -> None:
-        """Adds the next part. Raises InvalidRequestError for ids outside the vocabulary and for more than was announced."""
+        """Adds the next part. Raises InvalidRequestError for an id outside the vocabulary or more than was announced."""
         validate.check_prompt_part(token_ids, self._num_missing, self._limits)
         self._num_missing -= len(token_ids)
         self._token_ids.extend(token_ids)
@@ -51,8 +51,8 @@ def check_prefill(start: prefill_pb2.StartPrefill, limits: validate.Limits, *, b
     )
     if start.num_held_tokens % block_size or start.num_held_tokens > start.num_prompt_tokens:
         raise InvalidRequestError(
-            f"num_held_tokens is {start.num_held_tokens}; it must be a multiple of the block size, {block_size}, and at "
-            f"most num_prompt_tokens, {start.num_prompt_tokens}"
+            f"num_held_tokens is {start.num_held_tokens}; it must be a multiple of the block size, {block_size}, "
+            f"and at most num_prompt_tokens, {start.num_prompt_tokens}"
         )
     if not 0.0 < start.lease_s <= MAX_LEASE_S:
         raise InvalidRequestError(f"lease_s is {start.lease_s:g}; it must be above 0 and at most {MAX_LEASE_S:g}")

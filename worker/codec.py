@@ -1,4 +1,4 @@
-"""Turns protobuf messages into the engine's values and back. The only file of the workers that knows both sides' names."""
+"""Turns protobuf messages into the engine's values and back: the one file of the workers that knows both."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

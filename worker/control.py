@@ -1,7 +1,6 @@
 """The operator's door to a worker: what it is, what it holds, and a drain that reports its progress."""
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -120,4 +119,4 @@ async def drain(controlled: Controlled, *, timeout_s: float) -> AsyncIterator[co
 
 def _num_descriptors() -> int:
     directory = Path("/proc/self/fd")
-    return len(os.listdir(directory)) if directory.exists() else 0
+    return sum(1 for _ in directory.iterdir()) if directory.exists() else 0

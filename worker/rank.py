@@ -1,4 +1,4 @@
-"""One rank of a worker: weights, KV pool, engine thread and exporters, built from a configuration and taken down in order.
+"""One rank of a worker: weights, KV pool, engine thread, exporters; built from a configuration, taken down in order.
 
 The pool's memory outlives everything that touches it: exporters and readers are closed, then the engine stops, then the
 memory goes.

@@ -1,7 +1,7 @@
-"""Keeps a worker registered with every gateway it is told of: one stream each, redialled for as long as the worker lives.
+"""Keeps a worker registered with every gateway it is told of: one stream each, redialled while the worker lives.
 
-Each stream starts with the announcement and a snapshot of the prefix cache; after that, reports carry load and what entered
-or left the cache since the last one. A gateway that saw a gap in the numbers asks for a snapshot. Event loop only.
+Each stream starts with the announcement and a snapshot of the prefix cache; after that, reports carry load and what
+entered or left the cache since the last one. A gateway that saw a gap in the numbers asks for a snapshot. Event loop only.
 """
 
 import asyncio
