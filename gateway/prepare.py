@@ -1,0 +1,116 @@
+"""From a request as a door read it to one that a worker can start: checked, tokenized, every default resolved, hashed.
+
+Pure but for the drawing of a seed; runs in the journey's thread pool, never on the event loop.
+"""
+
+import secrets
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from gateway.model import Model
+from gateway.request import ChatPrompt, JourneyRequest, Prompt, TextPrompt, TokenPrompt
+from staffetta import validate
+from staffetta.errors import UnknownModelError, UnsupportedError
+from staffetta.hashing import BlockHasher, short_hash
+from staffetta.v1 import common_pb2
+from staffetta.validate import Limits, Sampling
+
+SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that can be started. `stop_token_ids` are all ids that end it and have no text; `stop` are its
+    strings."""
+
+    token_ids: Sequence[int]
+    sampling: common_pb2.SamplingParams
+    stop: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    hashes: Mapping[int, Sequence[int]]
+
+
+def prepare(
+    request: JourneyRequest, model: Model, *, max_model_len: int, cluster_key: bytes, block_sizes: Collection[int]
+) -> Prepared:
+    """Checks and resolves `request`. Raises UnknownModelError, InvalidRequestError or one of its kinds."""
+    check_model(request.model, model)
+    limits = Limits(model.limits.vocab_size, min(model.limits.max_model_len, max_model_len))
+    # The cheap checks first: a request with a bad temperature is not worth tokenizing.
+    validate.check_sampling(request.sampling, limits)
+    token_ids = tokenize(request.prompt, model)
+    field = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+    validate.check_budget(len(token_ids), request.sampling.max_tokens, limits, param=field)
+    sampling = _resolve(request, model, num_left=limits.max_model_len - len(token_ids))
+    validate.check_sampling(sampling, limits)
+    stop_token_ids = frozenset(sampling.stop_token_ids)
+    return Prepared(
+        token_ids=token_ids,
+        sampling=_to_wire(sampling),
+        stop=sampling.stop,
+        stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | model.eos_token_ids,
+        hashes={
+            size: [short_hash(block) for block in BlockHasher(cluster_key, block_size=size).chain(token_ids)]
+            for size in block_sizes
+        },
+    )
+
+
+def check_model(name: str, model: Model) -> None:
+    """Refuses any name but the served model's; empty means that one."""
+    if name and name != model.name:
+        raise UnknownModelError(
+            f"the model {name[:64]!r} does not exist; this server has {model.name!r}", param="model"
+        )
+
+
+def tokenize(prompt: Prompt, model: Model) -> Sequence[int]:
+    """The prompt's token ids, each in the vocabulary."""
+    match prompt:
+        case TextPrompt(text):
+            validate.check_text(text)
+            return model.text.encode(text)
+        case ChatPrompt(messages):
+            validate.check_chat(messages)
+            if not model.text.has_chat:
+                raise UnsupportedError(
+                    f"the model {model.name!r} has no chat template; use the completions endpoint or a text prompt",
+                    param="messages",
+                )
+            return model.text.encode_chat(messages)
+        case TokenPrompt(token_ids):
+            validate.check_token_ids(token_ids, model.limits)
+            return token_ids
+        case other:
+            assert_never(other)
+
+
+def _resolve(request: JourneyRequest, model: Model, *, num_left: int) -> Sampling:
+    asked, defaults = request.sampling, model.defaults
+    wanted = num_left if request.default_max_tokens is None else min(request.default_max_tokens, num_left)
+    return replace(
+        asked,
+        temperature=defaults.temperature if asked.temperature is None else asked.temperature,
+        top_p=defaults.top_p if asked.top_p is None else asked.top_p,
+        top_k=defaults.top_k if asked.top_k is None else asked.top_k,
+        seed=secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed,
+        max_tokens=wanted if asked.max_tokens is None else asked.max_tokens,
+        min_tokens=asked.min_tokens or 0,
+        ignore_eos=asked.ignore_eos or False,
+    )
+
+
+def _to_wire(sampling: Sampling) -> common_pb2.SamplingParams:
+    """The message for the worker; stop strings stay here, where the text is."""
+    return common_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+    )

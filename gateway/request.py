@@ -1,0 +1,80 @@
+"""What both doors hand to the journey, and what the journey hands back. Values only."""
+
+from dataclasses import dataclass
+
+from gateway.template import Message
+from staffetta.v1 import common_pb2
+from staffetta.validate import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text; the tokenizer's own special tokens are added."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat, rendered by the model's template."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, taken as they are."""
+
+    token_ids: tuple[int, ...]
+
+
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JourneyRequest:
+    """One request as a door read it, unchecked.
+
+    `model` empty means the only one served. `default_max_tokens` applies where `sampling.max_tokens` is None; None is
+    what the context leaves. `arrival` and `deadline` are in seconds of the event loop's clock.
+    """
+
+    model: str
+    prompt: Prompt
+    sampling: Sampling
+    arrival: float
+    deadline: float | None = None
+    default_max_tokens: int | None = None
+    on_prefill_failure: common_pb2.PrefillFailurePolicy.ValueType = common_pb2.PREFILL_FAILURE_POLICY_UNSPECIFIED
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The first event: `id` is the request's name inside the system, `seed` the one in use, given or drawn."""
+
+    id: str
+    model: str
+    seed: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output, never what was sent before. `text` may lag behind `tokens`."""
+
+    text: str
+    tokens: tuple[common_pb2.Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event. `timings` add up to the time from arrival to this event."""
+
+    finish_reason: common_pb2.FinishReason.ValueType
+    usage: common_pb2.Usage
+    handoff: common_pb2.HandoffReport
+    timings: common_pb2.PhaseTimings
+    stop_string: str | None
+
+
+Event = Started | Delta | Finished
