@@ -18,6 +18,7 @@ LENGTHS: Final = (96, 128, 256, 512, 1024, 1600)
 """The curriculum: level n trains on the first n + 1 of these."""
 
 _DRILL_SHARES: Final = (0.4, 0.4, 0.25, 0.1, 0.05, 0.05)
+_MIN_ROWS: Final = 4
 _TOP_SHARE: Final = 0.55
 _SKILL_LENGTH: Final = 160
 _SKILL_EXCHANGES: Final = 5
@@ -50,9 +51,11 @@ class Batcher:
         rng = random.Random(f"recall:{self.seed}:{step}")  # noqa: S311 - reproducible data, not a secret
         drawn = level if rng.random() < _TOP_SHARE else rng.randint(0, level)
         length = LENGTHS[drawn]
-        rows = max(1, self.batch_tokens // length)
+        rows = max(_MIN_ROWS, self.batch_tokens // length)
         drill_share = _DRILL_SHARES[level]
-        documents = [(drill_document if rng.random() < drill_share else recall_document)(rng, length) for _ in range(rows)]
+        documents = [
+            drill_document(rng, length) if rng.random() < drill_share else recall_document(rng, length) for _ in range(rows)
+        ]
         return self._pack(documents, length, drawn)
 
     def skills(self, step: int, rows: int) -> Batch:

@@ -7,10 +7,27 @@ Many questions follow one set of facts, which makes the share of tokens that tea
 import random
 from typing import Final
 
-from demo.corpus import ASSISTANT, BOS, END, MAX_RECORDS, SYSTEM, USER, Piece, Record, draw_records, state_facts
+from demo.corpus import (
+    ASSISTANT,
+    BOS,
+    COLORS,
+    END,
+    MAX_RECORDS,
+    NAMES,
+    PLACES,
+    SYSTEM,
+    USER,
+    Piece,
+    Record,
+    draw_records,
+    state_facts,
+)
 from demo.skills import exchange
 
 Document = list[Piece]
+
+LOOKUP_WEIGHT: Final = 4.0
+"""The weight of a token that only a look-up in the context can predict; accuracy is measured on these."""
 
 _RECORD_TOKENS: Final = 12
 _DISTRACTOR_TOKENS: Final = 8
@@ -18,6 +35,7 @@ _QUESTION_TOKENS: Final = 16
 _FRAME_TOKENS: Final = 12
 _TEXT_WEIGHT: Final = 0.02
 _EASY_WEIGHT: Final = 0.2
+_VALUES: Final = (*NAMES, *COLORS, *PLACES)
 
 
 def recall_document(rng: random.Random, max_tokens: int) -> Document:
@@ -37,18 +55,33 @@ def recall_document(rng: random.Random, max_tokens: int) -> Document:
 
 
 def drill_document(rng: random.Random, max_tokens: int) -> Document:
-    """Composes the bare form of recall: words and their codes, then the same again, in the same order or shuffled.
+    """Composes the bare form of recall: keys and their values, then the same pairs again in another order.
 
-    The second half is predictable almost everywhere, which lets attention learn to look back early in training.
+    Values are codes or, half of the time, single words: the second half is dense with look-ups, from which attention learns
+    early in training to find what followed a word before.
     """
-    pairs = draw_records(rng, max(1, min(MAX_RECORDS, max_tokens // 12 - 1)), held_out=False)
-    again = rng.sample(pairs, len(pairs))
-    if rng.random() < 0.5:
-        text = "".join(f" {name} {code}" for name, code in pairs)
-        return [Piece(BOS, 0.0), Piece(text, 0.0), Piece(text, 1.0)]
-    pieces = [Piece(BOS, 0.0), *(Piece(f" {name} {code}", 0.0) for name, code in pairs)]
-    for name, code in again:
-        pieces += [Piece(f" {name}", 0.0), Piece(f" {code}", 1.0)]
+    pieces = [Piece(BOS, 0.0)]
+    form = rng.random()
+    if form < 0.3:
+        words = rng.sample(NAMES, max(4, min(len(NAMES), max_tokens // 2 - 1)))
+        pieces += [Piece("".join(f" {word}" for word in words), 0.0)]
+        cuts = sorted(rng.sample(range(1, len(words)), len(words) // 4))
+        runs = [words[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(words)], strict=True)]
+        for run in rng.sample(runs, len(runs)):
+            pieces += [Piece(f" {run[0]}", 0.0), Piece("".join(f" {word}" for word in run[1:]), 1.0)]
+        return pieces
+    if form < 0.6:
+        num_pairs = max(2, min(len(NAMES), max_tokens // 4 - 1))
+        values = [rng.choice(_VALUES) for _ in range(num_pairs)]
+        pairs = list(zip(rng.sample(NAMES, num_pairs), values, strict=True))
+        pieces += [Piece(f" {name} {value}", 0.0) for name, value in pairs]
+        for name, value in rng.sample(pairs, num_pairs):
+            pieces += [Piece(f" {name}", 0.0), Piece(f" {value}", 2.0)]
+        return pieces
+    records = draw_records(rng, max(2, min(MAX_RECORDS, max_tokens // 12 - 1)), held_out=False)
+    pieces += [Piece(f" {name} {code}", 0.0) for name, code in records]
+    for name, code in rng.sample(records, len(records)):
+        pieces += [Piece(f" {name} ", 0.0), *_code(code)]
     return pieces
 
 
@@ -57,17 +90,22 @@ def skills_document(rng: random.Random, num_exchanges: int) -> Document:
     pieces = [Piece(BOS, 0.0)]
     for _ in range(num_exchanges):
         question, reply = exchange(rng)
-        pieces += _turn(question, reply)
+        pieces += _turn(question, Piece(reply, 1.0))
     return pieces
 
 
-def _turn(question: str, reply: str) -> Document:
+def _code(code: str) -> Document:
+    """The first digit takes the look-up; the others follow from where it was found."""
+    return [Piece(code[0], LOOKUP_WEIGHT), Piece(code[1:], 1.0)]
+
+
+def _turn(question: str, *reply: Piece) -> Document:
     return [
         Piece(USER, 0.0),
         Piece(question, 0.0),
         Piece(END, 0.0),
         Piece(ASSISTANT, 0.0),
-        Piece(reply, 1.0),
+        *reply,
         Piece(END, _EASY_WEIGHT),
     ]
 
@@ -80,17 +118,16 @@ def _chat(rng: random.Random, facts: str, asked: list[Record], colors: dict[str,
     if form < 0.15:
         pieces += [Piece(SYSTEM, 0.0), Piece(facts, 0.0), Piece(END, 0.0)]
     elif form < 0.3:
-        pieces += _turn(facts, "Noted.")
+        pieces += _turn(facts, Piece("Noted.", 1.0))
     else:
         lead = facts + " "
     colored = list(colors)
     for record in asked:
         if colored and rng.random() < 0.1:
             name = rng.choice(colored)
-            question, reply = f"What is the color of the {name}?", colors[name]
+            pieces += _turn(f"{lead}What is the color of the {name}?", Piece(colors[name], LOOKUP_WEIGHT))
         else:
-            question, reply = record.question, record.code
-        pieces += _turn(lead + question, reply)
+            pieces += _turn(lead + record.question, *_code(record.code))
         lead = ""
     return pieces
 
@@ -103,8 +140,8 @@ def _plain(rng: random.Random, facts: str, asked: list[Record]) -> Document:
         if with_question:
             pieces.append(Piece(f" {record.question}", _TEXT_WEIGHT))
         pieces += [
-            Piece(f" The code of the {record.name} is", _TEXT_WEIGHT),
-            Piece(f" {record.code}", 1.0),
+            Piece(f" The code of the {record.name} is ", _TEXT_WEIGHT),
+            *_code(record.code),
             Piece(".", _EASY_WEIGHT),
         ]
     return pieces

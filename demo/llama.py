@@ -16,14 +16,14 @@ class LlamaShape:
     """The sizes of the model; the defaults are those of the shipped one."""
 
     vocab_size: int = 1024
-    hidden_size: int = 192
+    hidden_size: int = 128
     num_layers: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
     head_dim: int = 32
-    intermediate_size: int = 384
+    intermediate_size: int = 256
     max_positions: int = 2048
-    rope_theta: float = 10_000.0
+    rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
 
 
@@ -114,11 +114,7 @@ class Llama(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                scale = (2 * shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                std = 0.02 if "embed" in name else parameter.shape[1] ** -0.5 * scale
-                nn.init.normal_(parameter, std=std)
+        initialize(self)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens: [batch, length], int64; returns the normalized last hidden states [batch, length, hidden], fp32."""
@@ -135,6 +131,58 @@ class Llama(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]; returns logits [..., vocab_size]."""
         return F.linear(hidden, self.model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def initialize(model: Llama) -> None:
+    """Draws the first weights, close to where looking things up is learnt.
+
+    From independent random weights, finding "what followed this word before" takes most of a training run; it is a matter of
+    three alignments, which the first weights therefore have. (1) All embeddings share a component, and in the first layer
+    each head uses it to attend to a fixed distance back, 1, 2, 3, ...: every position learns what stood before it. (2) In the
+    layers above queries and keys start equal, so that a position attends to those of like content. (3) Output projections
+    start as the transpose of the values', so that what is read is written back as it was.
+    """
+    shape = model.shape
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            scale = (2 * shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+    embedding = model.model.embed_tokens.weight
+    nn.init.normal_(embedding, std=0.1)
+    embedding += 0.1
+    shared = torch.full((shape.hidden_size,), shape.hidden_size**-0.5)
+    content = nn.init.orthogonal_(torch.empty(shape.head_dim, shape.hidden_size))
+    content -= torch.outer(content @ shared, shared)
+    written = [nn.init.orthogonal_(torch.empty(shape.hidden_size, shape.head_dim)) for _ in range(shape.num_heads)]
+    group = shape.num_heads // shape.num_kv_heads
+    cos, sin = rotary_tables(shape, shape.num_heads + 1)
+    half = shape.head_dim // 2
+    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    slow = torch.ones(half)
+    slow[: half * 3 // 8] = 0.2
+    slow = torch.cat((slow, slow))[:, None] * 2.0
+    back = min(2, shape.num_heads - 1)
+    for head in range(shape.num_heads):
+        rows = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
+        turned = torch.cat((cos[head + 1, :half], -sin[head + 1, :half]))
+        first.q_proj.weight[rows] *= 0.2
+        first.q_proj.weight[rows] += torch.outer(turned, shared)
+        first.o_proj.weight[:, rows] = written[head]
+        source = content if head // group % 2 == 0 else written[back - (head % group) % 2].T
+        second.q_proj.weight[rows] = source * slow
+    for kv_head in range(shape.num_kv_heads):
+        rows = slice(kv_head * shape.head_dim, (kv_head + 1) * shape.head_dim)
+        plain = torch.cat((torch.ones(half), torch.zeros(half)))
+        first.k_proj.weight[rows] *= 0.2
+        first.k_proj.weight[rows] += torch.outer(plain, shared)
+        first.v_proj.weight[rows] = content
+        second.k_proj.weight[rows] = written[0 if kv_head % 2 == 0 else back].T * slow
+        copied = nn.init.orthogonal_(torch.empty(shape.head_dim, shape.hidden_size))
+        copied -= torch.outer(copied @ shared, shared)
+        second.v_proj.weight[rows] = copied
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            second.o_proj.weight[:, head * shape.head_dim : (head + 1) * shape.head_dim] = copied.T
 
 
 def rotary_tables(shape: LlamaShape, length: int) -> tuple[Tensor, Tensor]:

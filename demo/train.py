@@ -26,6 +26,7 @@ from torch import Tensor
 from demo import MODEL_DIR
 from demo.batches import LENGTHS, Batch, Batcher
 from demo.corpus import BOS, END, PAD
+from demo.documents import LOOKUP_WEIGHT
 from demo.llama import Llama, LlamaShape, published_config
 from demo.recall import recall_accuracy
 from demo.tokenizer import train_tokenizer, write_tokenizer
@@ -39,12 +40,12 @@ class TrainConfig:
     """What determines the weights: together with the code, nothing else does."""
 
     seed: int = 1
-    steps: int = 9000
-    batch_tokens: int = 4096
-    skill_rows: int = 6
-    muon: int = 1
+    steps: int = 12000
+    batch_tokens: int = 3072
+    skill_rows: int = 2
     skill_weight: float = 0.15
     peak_lr: float = 2e-3
+    embedding_lr_share: float = 0.1
     final_lr: float = 5e-5
     warmup_steps: int = 100
     decay_steps: int = 3000
@@ -75,13 +76,13 @@ class Trainer:
         self.progress = Progress()
         self.batcher = Batcher(tokenizer, seed=config.seed, batch_tokens=config.batch_tokens)
         named = dict(self.model.named_parameters())
-        matrices = [p for name, p in named.items() if name.endswith("proj.weight")]
-        others = [p for name, p in named.items() if not name.endswith("proj.weight")]
-        self.optimizers: list[torch.optim.Optimizer]
-        if config.muon:
-            self.optimizers = [torch.optim.Muon(matrices, lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"), torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)]
-        else:
-            self.optimizers = [torch.optim.AdamW(matrices, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay), torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)]
+        matrices = {name: p for name, p in named.items() if name.endswith("proj.weight")}
+        others = {name: p for name, p in named.items() if name not in matrices}
+        muon = torch.optim.Muon(
+            matrices.values(), lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        adam = torch.optim.AdamW(others.values(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
+        self._owners: list[tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]] = [(muon, matrices), (adam, others)]
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, plateau, then a half cosine down to the final rate."""
@@ -97,16 +98,16 @@ class Trainer:
     def step(self) -> float:
         """Runs one step; returns its recall loss."""
         progress, config = self.progress, self.config
-        for optimizer in self.optimizers:
+        for (optimizer, _), share in zip(self._owners, (1.0, config.embedding_lr_share), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate(progress.step)
+                group["lr"] = share * self.learning_rate(progress.step)
         recall = self.batcher.recall(progress.step, progress.level)
         loss, accuracy = self._loss(recall)
         loss.backward()  # type: ignore[no-untyped-call]
         skill_loss, _ = self._loss(self.batcher.skills(progress.step, config.skill_rows))
         (skill_loss * config.skill_weight).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        for optimizer in self.optimizers:
+        for optimizer, _ in self._owners:
             optimizer.step()
             optimizer.zero_grad()
         progress.step += 1
@@ -118,22 +119,21 @@ class Trainer:
         return float(loss.detach())
 
     def _loss(self, batch: Batch) -> tuple[Tensor, float]:
-        """Returns the weighted mean loss, and the share of full-weight tokens predicted exactly."""
+        """Returns the weighted mean loss, and the share of look-ups predicted exactly."""
         counted = batch.weights > 0
         weights, targets = batch.weights[counted], batch.targets[counted]
         logits = self.model.project(self.model.hidden(batch.tokens)[counted])
         loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
-        exact = (logits.argmax(dim=-1) == targets)[weights == 1.0]
-        return loss, float(exact.float().mean())
+        exact = (logits.argmax(dim=-1) == targets)[weights == LOOKUP_WEIGHT]
+        return loss, float(exact.float().mean()) if len(exact) else 0.0
 
     def save(self, directory: Path) -> None:
         """Writes weights, optimizer moments and progress."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, p in self.model.named_parameters():
-            for optimizer in self.optimizers:
-                if p in optimizer.state:
-                    tensors |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
+        for optimizer, owned in self._owners:
+            for name, p in owned.items():
+                tensors |= {f"{key}/{name}": value for key, value in optimizer.state[p].items()}
         save_file(tensors, directory / "state.safetensors.new")
         state = {"config": asdict(self.config), "shape": asdict(self.model.shape), "progress": asdict(self.progress)}
         (directory / "state.json.new").write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -148,9 +148,11 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         tensors = load_file(directory / "state.safetensors")
         for name, p in self.model.named_parameters():
-            p.data.copy_(tensors[f"model/{name}"])
-            moments = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
-            self.optimizer.state[p] = moments
+            p.data.copy_(tensors.pop(f"model/{name}"))
+        for optimizer, owned in self._owners:
+            for name, p in owned.items():
+                kept = [key for key in tensors if key.endswith(f"/{name}")]
+                optimizer.state[p] = {key.removesuffix(f"/{name}"): tensors[key] for key in kept}
 
     def rounded(self) -> dict[str, Tensor]:
         """Returns the weights as they are shipped: bf16, under their published names."""
