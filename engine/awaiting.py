@@ -27,7 +27,7 @@ MAX_SHRUNK_RESTARTS = 3
 
 
 class Ending(NamedTuple):
-    """A sequence that ended while its KV was on the way."""
+    """A sequence that ended while its KV was on the way; its attempt has ended already."""
 
     sequence: Sequence
     finish_reason: FinishReason
@@ -202,6 +202,8 @@ class AwaitingSequences:
             return self._contradiction(attempt, event)
         reason = sequence.append(event.token, now=now) or event.finish_reason
         if reason is not None:
+            # At once, not with the sequence: the same poll may hold more news of this attempt, and an ending is final.
+            self.abandon(sequence)
             return Ending(sequence, reason, None)
         self._run_if_complete(attempt)
         return None
@@ -223,6 +225,7 @@ class AwaitingSequences:
         """Ends a request whose source said what cannot be; what a peer sent may be behind it."""
         sequence = attempt.sequence
         logger.error("request %s: the KV source says %s of %s", sequence.request_id, event, attempt)
+        self.abandon(sequence)
         return Ending(sequence, FinishReason.ERROR, InternalError("the prompt's KV did not arrive in order"))
 
     def _end(self, attempt: _Attempt) -> None:

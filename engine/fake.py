@@ -74,7 +74,7 @@ class FakeRunner:
         self.num_runs = 0
 
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
-        """As `Runner.run`. Raises RuntimeError for a failing request, and when a slot is read that was never written."""
+        """As `Runner.run`. Raises RuntimeError for a failing request, and when an unwritten slot is read."""
         self.num_runs += 1
         return [self._run_slice(token_slice) for token_slice in slices]
 
@@ -90,6 +90,17 @@ class FakeRunner:
             if position >= start:
                 index, offset = divmod(position - start, self._block_size)
                 self._values[block_ids[index], offset] = value
+
+    def holds(self, block_ids: Sequence[BlockId], token_ids: Sequence[int], *, start: int = 0) -> bool:
+        """Whether the blocks hold what `write` with the same arguments would leave in them."""
+        context = _Context()
+        for position, token_id in enumerate(token_ids):
+            value = context.compute(token_id)
+            context.read(value)
+            index, offset = divmod(position - start, self._block_size)
+            if position >= start and self._values.get((block_ids[index], offset)) != value:
+                return False
+        return True
 
     def spoil(self, block_ids: Sequence[BlockId]) -> None:
         """Writes bytes into blocks that belong to no prompt, as a late read would."""

@@ -18,7 +18,7 @@ from kvtransfer.layout import BlockId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Bounds of one engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once."""
+    """Bounds of an engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once."""
 
     max_model_len: int
     max_batch_tokens: int
