@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
@@ -42,10 +42,11 @@ from kvtransfer.transport import BlockRead, SelfTest, TransportOffer, check_read
 from staffetta.errors import TransportError
 
 HANDSHAKE_TIMEOUT_S: Final = 3.0
-SELFTEST_TIMEOUT_S: Final = 10.0
 LISTEN_BACKLOG: Final = 64
 MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path holds 108 with the final zero
-COPY_BYTES: Final = 4 * 1024 * 1024  # bounds one copy, and so how long `close` waits
+PART_BYTES: Final = 4 * 1024 * 1024  # copied without looking up; bounds how long `close` waits
+
+Bytes: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]"
 
 _PEER_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 
@@ -109,28 +110,29 @@ class ShmExporter:
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
-    """Adjacent bytes here and there."""
+class _Copies:
+    """Pieces to copy: each from an offset in the peer's memory to a place in ours, which has the piece's length."""
 
-    source: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
-    destination: "np.ndarray[tuple[int], np.dtype[np.uint8]]"
-
-    @property
-    def num_bytes(self) -> int:
-        return self.source.size
+    pieces: list[tuple[int, Bytes]]
+    num_bytes: int
 
 
 class _CopyLane:
-    """The thread that copies. Nothing in it blocks for longer than one copy takes, so there is nothing to cut."""
+    """The thread that copies. It owns the mapping of the peer's memory."""
 
-    def move(self, part: _Copy) -> None:
-        np.copyto(part.destination, part.source)  # without the interpreter's lock
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._remote: Bytes = np.frombuffer(mapping, dtype=np.uint8)
+
+    def move(self, part: _Copies) -> None:
+        for start, destination in part.pieces:
+            np.copyto(destination, self._remote[start : start + destination.size])  # without the interpreter's lock
 
     def cut(self) -> None:
-        """Does nothing."""
+        """Does nothing: no call here blocks for longer than one part takes."""
 
     def close(self) -> None:
-        """Does nothing."""
+        """Unmaps the peer's memory."""
+        self._remote = np.empty(0, dtype=np.uint8)
 
 
 class ShmReader:
@@ -139,13 +141,9 @@ class ShmReader:
     def __init__(self, offer: TransportOffer, memory: PoolMemory) -> None:
         self.transport = "shm"
         self._memory = memory
+        self._local: Bytes = np.frombuffer(memory.buffer, dtype=np.uint8)
         self._num_remote_blocks = offer.num_blocks
-        mapping = _map_peer(offer, memory)
-        remote = np.frombuffer(mapping, dtype=np.uint8)  # keeps the mapping until the last copy of it has ended
-        self._remote_pages = remote[: offer.num_blocks * memory.page_bytes]
-        self._remote_probe = remote[offer.num_blocks * memory.page_bytes :]
-        self._local_pages = np.frombuffer(memory.buffer, dtype=np.uint8)
-        self._lanes: Lanes[_Copy] = Lanes([_CopyLane()], name="kv-shm-read")
+        self._lanes: Lanes[_Copies] = Lanes([_CopyLane(_map_peer(offer, memory))], name="kv-shm-read")
 
     def read(self, ticket: bytes, reads: Sequence[BlockRead]) -> "Future[int]":
         """As KVReader says; the ticket is not needed."""
@@ -153,34 +151,30 @@ class ShmReader:
             check_reads(reads, num_remote_blocks=self._num_remote_blocks, num_local_blocks=self._memory.num_blocks)
         except TransportError as error:
             return failed_read(error)
-        copies: list[_Copy] = []
-        page_bytes = self._memory.page_bytes
-        for remote, local, count in merge_runs(reads):
-            for start in range(0, count * page_bytes, COPY_BYTES):
-                num_bytes = min(COPY_BYTES, count * page_bytes - start)
-                source_start, destination_start = remote * page_bytes + start, local * page_bytes + start
-                copies.append(
-                    _Copy(
-                        self._remote_pages[source_start : source_start + num_bytes],
-                        self._local_pages[destination_start : destination_start + num_bytes],
-                    )
-                )
-        return self._lanes.submit(copies)
+        part_blocks = max(1, PART_BYTES // self._memory.page_bytes)
+        return self._lanes.submit(
+            [self._plan(reads[start : start + part_blocks]) for start in range(0, len(reads), part_blocks)]
+        )
 
     def measure(self) -> SelfTest:
         """As KVReader says."""
         return run_selftest(self.transport, self._read_probe, expected=self._memory.probe)
 
     def close(self) -> None:
-        """As KVReader says, and unmaps the peer's memory."""
+        """As KVReader says."""
         self._lanes.close()
-        nothing = np.empty(0, dtype=np.uint8)
-        self._remote_pages = self._remote_probe = self._local_pages = nothing
-        self._num_remote_blocks = 0
+
+    def _plan(self, reads: Sequence[BlockRead]) -> _Copies:
+        page_bytes = self._memory.page_bytes
+        pieces = [
+            (remote * page_bytes, self._local[local * page_bytes : (local + count) * page_bytes])
+            for remote, local, count in merge_runs(reads)
+        ]
+        return _Copies(pieces, len(reads) * page_bytes)
 
     def _read_probe(self, buffer: memoryview) -> None:
-        copy = _Copy(self._remote_probe, np.frombuffer(buffer, dtype=np.uint8))
-        self._lanes.submit([copy]).result(SELFTEST_TIMEOUT_S)
+        start = self._num_remote_blocks * self._memory.page_bytes
+        self._lanes.submit([_Copies([(start, np.frombuffer(buffer, dtype=np.uint8))], len(buffer))]).result()
 
 
 def _map_peer(offer: TransportOffer, memory: PoolMemory) -> mmap.mmap:

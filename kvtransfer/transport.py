@@ -169,10 +169,8 @@ def check_reads(reads: Sequence[BlockRead], *, num_remote_blocks: int, num_local
     local_ids = {read.local_block_id for read in reads}
     if len(local_ids) != len(reads):
         raise ValueError("a local block is named twice in one read")
-    if local_ids and not (min(local_ids) >= 0 and max(local_ids) < num_local_blocks):
-        raise ValueError(
-            f"local blocks {min(local_ids)} to {max(local_ids)} are not all in a pool of {num_local_blocks}"
-        )
+    if local_ids and not 0 <= min(local_ids) <= max(local_ids) < num_local_blocks:
+        raise ValueError(f"blocks {min(local_ids)} to {max(local_ids)} are not all in our pool of {num_local_blocks}")
     for read in reads:
         if not 0 <= read.remote_block_id < num_remote_blocks:
             raise TransportError(
