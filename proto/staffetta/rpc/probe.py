@@ -14,7 +14,7 @@ from staffetta.exits import ExitCode
 def probe(address: str, *, service: str = "", timeout_s: float = 3.0) -> str:
     """The health of a server, or of one of its services, by name: "SERVING", "NOT_SERVING"…; else the call's status."""
     with grpc.insecure_channel(address) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             response = stub.Check(request, timeout=timeout_s)

@@ -1,0 +1,102 @@
+"""What `serve` decides to start."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cli.plan import ServePlan, Surroundings, dialable, plan_serve
+from staffetta.config.flags import FlagParser, add_settings
+from staffetta.config.load import resolve
+from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
+
+SURROUNDINGS = Surroundings(
+    http="127.0.0.1:8000", grpc="127.0.0.1:50051", shm_dir="/run/st", cluster_key="ab" * 32, num_cores=8
+)
+
+
+def make_plan(
+    *argv: str, environ: dict[str, str] | None = None, file: Path | None = None, around: Surroundings = SURROUNDINGS
+) -> ServePlan:
+    parser = FlagParser("serve", description="")
+    add_settings(parser, ServeConfig)
+    flags = parser.parse(argv)
+    flags.config = str(file or "")
+    environ = environ or {}
+    no_flags = argparse.Namespace(config=flags.config)
+    return plan_serve(
+        resolve(ServeConfig, flags, environ=environ),
+        gateway=resolve(GatewayConfig, no_flags, environ=environ),
+        prefill=resolve(PrefillConfig, no_flags, environ=environ),
+        decode=resolve(DecodeConfig, no_flags, environ=environ),
+        surroundings=around,
+    )
+
+
+def test_by_default_one_worker_of_each_role_knows_everything_it_needs() -> None:
+    plan = make_plan()
+    assert [(worker.name, worker.role) for worker in plan.workers] == [("prefill-0", "prefill"), ("decode-0", "decode")]
+    expected: dict[str, Any] = {
+        "cluster_key": "ab" * 32,
+        "log_level": "warning",
+        "gateways": ("127.0.0.1:50051",),
+        "shm_dir": "/run/st",
+        "threads": 4,
+    }
+    assert plan.workers[0].config == PrefillConfig(worker_id="prefill-0", **expected)
+    assert plan.workers[1].config == DecodeConfig(worker_id="decode-0", **expected)
+    assert plan.gateway == GatewayConfig(cluster_key="ab" * 32, log_level="warning")
+
+
+def test_cores_are_shared_out_and_nobody_gets_none() -> None:
+    def threads(*argv: str, num_cores: int) -> list[int]:
+        around = Surroundings("h:1", "h:2", "/d", "ab" * 16, num_cores)
+        return [worker.config.threads for worker in make_plan(*argv, around=around).workers]
+
+    assert threads(num_cores=2) == [1, 1]
+    assert threads("--prefill", "2", num_cores=2) == [1, 1, 1]
+    assert threads("--prefill", "0", num_cores=5) == [5]
+    assert threads("--threads", "3", num_cores=2) == [3, 3]
+    assert make_plan(environ={"STAFFETTA_DECODE_THREADS": "5"}).max_threads == 5
+
+
+def test_a_roles_own_setting_beats_serves_unless_serve_has_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(
+        "common: {block_size: 32}\nserve: {max_sequences: 5}\nprefill: {max_batch_tokens: 1024, lease_s: 3}\n"
+    )
+    environ = {"STAFFETTA_DECODE_BLOCK_SIZE": "64", "STAFFETTA_MAX_SEQUENCES": "6"}
+
+    def values(*argv: str) -> list[tuple[int, int, int]]:
+        workers = make_plan(*argv, environ=environ, file=file).workers
+        return [(w.config.block_size, w.config.max_sequences, w.config.max_batch_tokens) for w in workers]
+
+    assert values() == [(32, 6, 1024), (64, 6, 512)]
+    assert values("--max-batch-tokens", "7", "--block-size", "8") == [(8, 6, 7), (8, 6, 7)]
+    assert make_plan(file=file).workers[0].config.lease_s == 3.0
+
+
+def test_addresses_written_for_other_hosts_do_not_count_here() -> None:
+    environ = {"STAFFETTA_LISTEN": "0.0.0.0:1", "STAFFETTA_GATEWAYS": "g:1", "STAFFETTA_DECODE_SHM_DIR": "/elsewhere"}
+    config = make_plan(environ=environ).workers[1].config
+    assert (config.listen, config.gateways, config.shm_dir) == ("127.0.0.1:0", ("127.0.0.1:50051",), "/run/st")
+
+
+def test_no_local_prefill_is_never() -> None:
+    configs = {worker.role: worker.config for worker in make_plan("--no-local-prefill").workers}
+    assert isinstance(configs["decode"], DecodeConfig)
+    assert configs["decode"].local_prefill == "never"
+
+
+def test_faults_go_to_the_role_they_are_meant_for() -> None:
+    workers = make_plan("--prefill-failpoints", "a:kill:1", "--decode-failpoints", "b:stop:2").workers
+    assert [worker.config.failpoints for worker in workers] == [("a:kill:1",), ("b:stop:2",)]
+
+
+def test_a_log_level_that_was_asked_for_reaches_everybody() -> None:
+    plan = make_plan("--log-level", "debug")
+    assert {plan.gateway.log_level, *(worker.config.log_level for worker in plan.workers)} == {"debug"}
+
+
+def test_a_listener_on_all_interfaces_is_dialled_on_loopback() -> None:
+    addresses = ["0.0.0.0:1", "[::]:2", "10.0.0.1:3", "[::1]:4"]
+    assert [dialable(address) for address in addresses] == ["127.0.0.1:1", "[::1]:2", "10.0.0.1:3", "[::1]:4"]
