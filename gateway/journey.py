@@ -1,6 +1,6 @@
 """The one journey behind both doors: from a request to its events.
 
-1. Admission: a bound on requests in flight, an id of our own.
+1. Admission: a bound on requests in flight.
 2. Preparation, in a thread: checks, template, tokens, defaults, block hashes.
 3. Routing: a pair of workers, now or when one registers, within the start timeout.
 4. Relay: tokens from the decode session become text; credit is granted as the client takes it; a stop string ends it.
@@ -12,7 +12,6 @@ the request is cancelled on its worker and forgotten here.
 
 import asyncio
 import logging
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -23,7 +22,7 @@ from gateway.metrics import InFlight, Metrics
 from gateway.model import Model
 from gateway.output import Output
 from gateway.prepare import Prepared, prepare, tokenize
-from gateway.request import Delta, Event, Finished, JourneyRequest, Prompt, Started
+from gateway.request import Delta, Event, Finished, JourneyRequest, Prompt, Started, new_request_id
 from gateway.router import Demand, Refusal, choose
 from gateway.session import RequestStream
 from gateway.workers import Workers
@@ -56,7 +55,7 @@ class _Journey:
     """One request under way: where it is, and since when."""
 
     def __init__(self, request: JourneyRequest) -> None:
-        self.id: Final = secrets.token_hex(16)
+        self.id: Final = request.id
         self.arrival: Final = request.arrival
         self.deadline: Final = request.deadline
         self.num_prompt_tokens = 0
@@ -130,11 +129,11 @@ class Journeys:
         try:
             prepared = await journey.within_deadline(self._prepare(request), "preparing the prompt")
             journey.num_prompt_tokens = len(prepared.token_ids)
-            yield Started(journey.id, self.model.name, prepared.sampling.seed, journey.num_prompt_tokens)
+            yield Started(journey.id, self.model.name, prepared.sampling.seed, prepared.token_ids)
             refused: dict[str, StaffettaError] = {}
             for attempt in range(MAX_ATTEMPTS):
                 # A worker that is asked again must not take the new attempt for the old one.
-                request_id = journey.id if attempt == 0 else secrets.token_hex(16)
+                request_id = journey.id if attempt == 0 else new_request_id()
                 dispatch = self._dispatch(request, prepared, request_id, refused)
                 stream = await journey.within_deadline(dispatch, "waiting for a worker")
                 try:

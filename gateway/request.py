@@ -1,10 +1,17 @@
 """What both doors hand to the journey, and what the journey hands back. Values only."""
 
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.template import Message
 from staffetta.v1 import common_pb2
 from staffetta.validate import Sampling
+
+
+def new_request_id() -> str:
+    """128 random bits in hexadecimal; nobody can guess another's request."""
+    return secrets.token_hex(16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,12 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 class JourneyRequest:
     """One request as a door read it, unchecked.
 
-    `model` empty means the only one served. `default_max_tokens` applies where `sampling.max_tokens` is None; None is
-    what the context leaves. `arrival` and `deadline` are in seconds of the event loop's clock.
+    `id` is its name inside the system, from `new_request_id`. `model` empty means the only one served.
+    `default_max_tokens` applies where `sampling.max_tokens` is None; None is what the context leaves. `arrival` and
+    `deadline` are in seconds of the event loop's clock.
     """
 
+    id: str
     model: str
     prompt: Prompt
     sampling: Sampling
@@ -55,7 +64,7 @@ class Started:
     id: str
     model: str
     seed: int
-    num_prompt_tokens: int
+    prompt_token_ids: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,163 @@
+"""The parts of a gateway put together: both doors and the registry on one event loop, started and ended as one."""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import uvicorn
+
+from gateway.generate_http import KEEP_ALIVE_S
+from gateway.http import make_app
+from gateway.journey import Journeys
+from gateway.metrics import Metrics
+from gateway.model import Model
+from gateway.registry import RegistryServicer
+from gateway.servicer import InferenceServicer
+from gateway.workers import Workers
+from staffetta.config.schema import GatewayConfig
+from staffetta.exits import PortError, UsageError
+from staffetta.rpc.server import BindError, RpcServer
+from staffetta.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
+
+_BACKLOG: Final = 2048
+_HTTP_GRACE_S: Final = 1
+
+
+class GatewayReady(NamedTuple):
+    """The addresses that were bound, host:port each."""
+
+    http: str
+    grpc: str
+
+
+class Gateway:
+    """One gateway. Event loop only."""
+
+    def __init__(self, config: GatewayConfig, model: Model, *, keep_alive_s: float = KEEP_ALIVE_S) -> None:
+        self._config = config
+        self.workers = Workers(gateway_id=f"gateway-{secrets.token_hex(4)}", heartbeat_s=config.heartbeat_s)
+        metrics = Metrics(model.name)
+        self.journeys = Journeys(model, self.workers, metrics, config=config, cluster_key=_cluster_key(config))
+        metrics.watch(self.journeys.in_flight, self.workers)
+        self._rpc = self._make_rpc_server()
+        app = make_app(self.journeys, metrics, max_body_bytes=config.max_body_bytes, keep_alive_s=keep_alive_s)
+        self._http = _HttpServer(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_HTTP_GRACE_S,
+            )
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> GatewayReady:
+        """Opens both doors. Raises OperatorError when an address cannot be had; then nothing is left open."""
+        listener = _listen(self._config.http)
+        try:
+            grpc_address = await self._rpc.start(self._config.grpc)
+        except BindError as error:
+            listener.close()
+            raise _taken(self._config.grpc, "grpc") from error
+        host, port = listener.getsockname()[:2]
+        self._tasks = [
+            asyncio.create_task(self._http.serve(sockets=[listener]), name="http"),
+            asyncio.create_task(self._report_health(), name="health"),
+        ]
+        return GatewayReady(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", grpc_address)
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Takes no new requests; returns when those under way have ended, or `timeout_s` later."""
+        await self._rpc.set_draining()
+        await self.journeys.drain(timeout_s=timeout_s)
+
+    async def close(self) -> None:
+        """Closes the doors and every session; what is still under way ends here."""
+        self._http.should_exit = True
+        await self._rpc.stop(grace_s=0)
+        await self.workers.close()
+        self.journeys.close()
+        for task in self._tasks[1:]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _make_rpc_server(self) -> RpcServer:
+        files = (inference_pb2.DESCRIPTOR, registry_pb2.DESCRIPTOR)
+        rpc = RpcServer([service.full_name for file in files for service in file.services_by_name.values()])
+        inference = InferenceServicer(self.journeys, self.workers)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, rpc.grpc)
+        registry = RegistryServicer(
+            self.workers, model_digest=self.journeys.model.digest, heartbeat_s=self._config.heartbeat_s
+        )
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, rpc.grpc)
+        return rpc
+
+    async def _report_health(self) -> None:
+        """Health says SERVING while a request sent now would be served."""
+        was_ready = False
+        while True:
+            is_ready = self.journeys.reason_not_ready() is None
+            if is_ready == was_ready:
+                await self.workers.wait_for_change()
+                continue
+            was_ready = is_ready
+            await (self._rpc.set_serving() if is_ready else self._rpc.set_draining())
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: this process has one place for signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone."""
+        yield
+
+
+def _listen(address: str) -> socket.socket:
+    """A listening socket. Raises UsageError for what is no host:port, PortError for what cannot be bound."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UsageError("BAD_ADDRESS", f"http is {address!r}", why="it must be host:port", fix="--http 127.0.0.1:8000")
+    host = host.strip("[]")
+    try:
+        return socket.create_server(
+            (host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
+        )
+    except (OSError, OverflowError) as error:
+        raise _taken(address, "http") from error
+
+
+def _taken(address: str, flag: str) -> PortError:
+    host = address.rpartition(":")[0]
+    return PortError(
+        "ADDRESS_TAKEN",
+        f"cannot listen on {address}",
+        why="another process listens there, or the address is not this machine's",
+        fix=f"--{flag} {host}:0",
+    )
+
+
+def _cluster_key(config: GatewayConfig) -> bytes:
+    """The configured key, or one that only this process knows: then no worker's cache is recognized, and nothing
+    breaks."""
+    if not config.cluster_key:
+        return secrets.token_bytes(32)
+    try:
+        key = bytes.fromhex(config.cluster_key)
+    except ValueError:
+        key = b""
+    if not 16 <= len(key) <= 64:
+        raise UsageError(
+            "BAD_CLUSTER_KEY",
+            "cluster_key is not 16 to 64 bytes in hexadecimal",
+            why="the gateway and all workers hash prompts with it",
+            fix="--cluster-key $(openssl rand -hex 32)",
+        )
+    return key

@@ -1,0 +1,259 @@
+"""Answers one generation over HTTP, whole or as a stream of events, and ends it when the client leaves.
+
+Nothing is sent before the first output is there, so that errors until then are plain HTTP errors; after that an error
+is an event of the stream. While nothing comes for a while, a comment keeps the connection alive.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from gateway.fields import parse_object
+from gateway.http_error import HttpError, error_body, error_response
+from gateway.journey import Journeys
+from gateway.openai_request import ParsedRequest
+from gateway.openai_response import Json, Shape, headers
+from gateway.request import Delta, Event, Finished, JourneyRequest, Started
+from staffetta.errors import StaffettaError
+
+REQUEST_ID_KEY: Final = "staffetta.request_id"
+"""Where the application put the request's internal id into the scope."""
+KEEP_ALIVE_S: Final = 15.0
+_COMMENT: Final = b": keep-alive\n\n"
+_DONE: Final = b"data: [DONE]\n\n"
+
+Parse = Callable[[dict[str, object]], ParsedRequest]
+MakeShape = Callable[..., Shape]
+
+log = logging.getLogger(__name__)
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection; nobody reads an answer."""
+
+
+class GenerateEndpoint:
+    """One path of the API, as an ASGI application. Stateless; event loop only."""
+
+    def __init__(
+        self,
+        journeys: Journeys,
+        parse: Parse,
+        make_shape: MakeShape,
+        *,
+        max_body_bytes: int,
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        self._journeys = journeys
+        self._parse = parse
+        self._make_shape = make_shape
+        self._max_body_bytes = max_body_bytes
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        request = Request(scope, receive)
+        arrival = asyncio.get_running_loop().time()
+        try:
+            parsed = self._parse(parse_object(await read_body(request, self._max_body_bytes)))
+        except StaffettaError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        journey = JourneyRequest(
+            id=scope[REQUEST_ID_KEY],
+            model=parsed.model,
+            prompt=parsed.prompt,
+            sampling=parsed.sampling,
+            arrival=arrival,
+            default_max_tokens=parsed.default_max_tokens,
+            on_prefill_failure=parsed.on_prefill_failure,
+        )
+        answer = self._stream(journey, parsed, send) if parsed.is_stream else self._whole(journey, parsed, send)
+        try:
+            await _unless_client_leaves(answer, receive)
+        except ClientGoneError:
+            log.info("%s: the client left", journey.id)
+
+    async def _whole(self, journey: JourneyRequest, parsed: ParsedRequest, send: Send) -> None:
+        deltas: list[Delta] = []
+        shape: Shape | None = None
+        response = None
+        try:
+            async with aclosing(self._journeys.run(journey)) as events:
+                async for event in events:
+                    match event:
+                        case Started():
+                            shape = self._shape(parsed, event)
+                        case Delta():
+                            deltas.append(event)
+                        case Finished() if shape is not None:
+                            body = _to_json(shape.whole(deltas, event))
+                            extra = headers(event) | _ignored_header(parsed)
+                            response = Response(body, headers=extra, media_type="application/json")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
+            response = error_response(_logged(error, journey))
+        if response is not None:
+            await response({"type": "http"}, _no_more_input, send)
+
+    async def _stream(self, journey: JourneyRequest, parsed: ParsedRequest, send: Send) -> None:
+        stream = EventStream(send, _ignored_header(parsed), keep_alive_s=self._keep_alive_s)
+        try:
+            async with (
+                stream.kept_alive(),
+                aclosing(self._journeys.run(journey)) as events,
+                aclosing(self._chunks(parsed, events)) as chunks,
+            ):
+                async for chunk in chunks:
+                    await stream.write(b"data: " + _to_json(chunk) + b"\n\n")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
+            logged = _logged(error, journey)
+            if not stream.has_begun:
+                await error_response(logged)({"type": "http"}, _no_more_input, send)
+                return
+            # No [DONE] after it: what came before is not a whole answer.
+            await stream.write(b"data: " + _to_json(error_body(logged)) + b"\n\n")
+        else:
+            await stream.write(_DONE)
+        await stream.end()
+
+    async def _chunks(self, parsed: ParsedRequest, events: AsyncIterator[Event]) -> AsyncGenerator[Json, None]:
+        """The events as chunks; the opening one waits for the first output, so that a refusal can be an HTTP error."""
+        shape: Shape | None = None
+        opening: Json | None = None
+        async for event in events:
+            if isinstance(event, Started):
+                shape = self._shape(parsed, event)
+                opening = shape.first()
+                continue
+            if shape is None:
+                continue
+            if opening is not None:
+                yield opening
+                opening = None
+            if isinstance(event, Delta):
+                if (chunk := shape.delta(event)) is not None:
+                    yield chunk
+            else:
+                yield shape.finish(event)
+                if parsed.has_usage_chunk:
+                    yield shape.usage(event)
+
+    def _shape(self, parsed: ParsedRequest, started: Started) -> Shape:
+        return self._make_shape(parsed, started, self._journeys.model.text, created=int(time.time()))
+
+
+class EventStream:
+    """A response whose body is a stream of events. It begins with its first write."""
+
+    def __init__(self, send: Send, extra_headers: dict[str, str], *, keep_alive_s: float) -> None:
+        self._send = send
+        self._headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            # Proxies that buffer would hold tokens back.
+            "x-accel-buffering": "no",
+            **extra_headers,
+        }
+        self._keep_alive_s = keep_alive_s
+        self._turn = asyncio.Lock()
+        self._last_write = 0.0
+        self.has_begun = False
+
+    async def write(self, data: bytes) -> None:
+        """Sends `data`; waits while the client does not read."""
+        async with self._turn:
+            if not self.has_begun:
+                self.has_begun = True
+                raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
+                await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self._last_write = asyncio.get_running_loop().time()
+
+    async def end(self) -> None:
+        """Ends the body."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Writes a comment whenever nothing was written for a while."""
+        task = asyncio.create_task(self._keep_alive(), name="sse-keep-alive")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _keep_alive(self) -> None:
+        now = asyncio.get_running_loop().time
+        self._last_write = now()
+        while True:
+            silence_s = now() - self._last_write
+            if silence_s >= self._keep_alive_s:
+                await self.write(_COMMENT)
+            else:
+                await asyncio.sleep(self._keep_alive_s - silence_s)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body of a JSON request. Raises HttpError for another media type or too many bytes, without reading those."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HttpError(415, "the content-type is not application/json; set that header", code="unsupported_media_type")
+    declared = request.headers.get("content-length", "")
+    body = bytearray()
+    if not (declared.isdecimal() and int(declared) > max_bytes):
+        async for part in request.stream():
+            body += part
+            if len(body) > max_bytes:
+                break
+        else:
+            return bytes(body)
+    raise HttpError(413, f"the body has more than {max_bytes} bytes; shorten it", code="request_too_large")
+
+
+async def _unless_client_leaves(answer: Coroutine[None, None, None], receive: Receive) -> None:
+    """Runs `answer`, and cancels it when the connection ends. Raises ClientGoneError then."""
+    watch = asyncio.create_task(_disconnect(receive), name="client-watch")
+    work = asyncio.create_task(answer, name="answer")
+    try:
+        await asyncio.wait((watch, work), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGoneError
+        await work
+    finally:
+        for task in (watch, work):
+            task.cancel()
+        await asyncio.gather(watch, work, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _no_more_input() -> Message:
+    raise HttpError(400, "the body was read", code="invalid_request_error")
+
+
+def _ignored_header(parsed: ParsedRequest) -> dict[str, str]:
+    return {"staffetta-ignored-params": ", ".join(parsed.ignored)} if parsed.ignored else {}
+
+
+def _logged(error: Exception, journey: JourneyRequest) -> Exception:
+    if isinstance(error, StaffettaError):
+        log.info("%s: %s: %s", journey.id, error.reason, error.message)
+    else:
+        log.error("%s: an error that has no name", journey.id, exc_info=error)
+    return error
+
+
+def _to_json(value: Mapping[str, object]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
