@@ -2,7 +2,16 @@
 
 from engine.engine import Engine, EngineLimits
 from engine.fake import FakeRunner, FakeSource
-from engine.request import FinishReason, Request, RequestId, RequestKind, SamplingParams, SequenceOutput
+from engine.request import (
+    FinishReason,
+    Request,
+    RequestId,
+    RequestKind,
+    SampledToken,
+    SamplingParams,
+    SequenceOutput,
+)
+from engine.step import SequenceSlice
 from staffetta.hashing import BlockHasher
 
 BLOCK_SIZE = 4
@@ -87,9 +96,7 @@ def make_engine_with_source(
 ) -> tuple[Engine, FakeRunner, FakeSource]:
     runner = FakeRunner(block_size=BLOCK_SIZE)
     source = FakeSource(runner, block_size=BLOCK_SIZE, max_attempts=max_attempts)
-    engine = Engine(
-        runner, num_blocks=num_blocks, hasher=make_hasher(), limits=limits or make_limits(), source=source
-    )
+    engine = Engine(runner, num_blocks=num_blocks, hasher=make_hasher(), limits=limits or make_limits(), source=source)
     return engine, runner, source
 
 
@@ -123,3 +130,17 @@ def token_ids(outputs: list[SequenceOutput]) -> list[int]:
 
 def reason(outputs: list[SequenceOutput]) -> FinishReason | None:
     return outputs[-1].finish_reason
+
+
+class RecordingRunner(FakeRunner):
+    """A fake runner that keeps what it was asked for: request, start and number of tokens of every slice, by run."""
+
+    def __init__(self) -> None:
+        super().__init__(block_size=BLOCK_SIZE)
+        self.runs: list[list[tuple[str, int, int]]] = []
+        self.slices: list[SequenceSlice] = []
+
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
+        self.runs.append([(each.request_id, each.start, len(each.token_ids)) for each in slices])
+        self.slices += slices
+        return super().run(slices)

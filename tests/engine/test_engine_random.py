@@ -4,6 +4,9 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from engine.cache.source import AttemptId
 from engine.engine import Engine
@@ -62,7 +65,9 @@ class History:
             f"r{len(self.clients)}",
             prompt,
             kind=rng.choice([RequestKind.GENERATE, RequestKind.GENERATE, RequestKind.PREFILL]),
-            sampling=make_sampling(max_tokens=first + rng.randrange(1, 8), min_tokens=rng.randrange(4), stop=frozenset(range(9))),
+            sampling=make_sampling(
+                max_tokens=first + rng.randrange(1, 8), min_tokens=rng.randrange(4), stop=frozenset(range(9))
+            ),
             priority=rng.choice([0, 0, 1]),
             first_token_index=first,
         )
@@ -271,3 +276,41 @@ def test_every_request_ends_as_if_alone_and_every_block_comes_back(first_seed: i
         except BaseException as error:
             error.add_note(f"seed {seed}")
             raise
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """The same moves, chosen by hypothesis, so that a failure shrinks to a short history."""
+
+    history: History
+
+    @initialize(seed=st.integers(0, 2**16))
+    def begin(self, seed: int) -> None:
+        self.history = History(seed, has_source=True)
+
+    @rule(seed=st.integers(0, 2**16))
+    def add(self, seed: int) -> None:
+        self.history.rng.seed(seed)
+        self.history.add()
+
+    @rule(seed=st.integers(0, 2**16))
+    def move_source(self, seed: int) -> None:
+        self.history.rng.seed(seed)
+        self.history.move_source()
+
+    @rule(seed=st.integers(0, 2**16), move=st.sampled_from(["grant", "release", "cancel", "fail"]))
+    def command(self, seed: int, move: str) -> None:
+        self.history.rng.seed(seed)
+        getattr(self.history, move)()
+
+    @rule(num_steps=st.integers(1, 3))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.history.step()
+
+    def teardown(self) -> None:
+        if hasattr(self, "history"):
+            self.history.settle()
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,409 @@
+"""The life of an attempt to bring KV from elsewhere: in order, out of order, failed, given up."""
+
+import pytest
+
+from engine.cache.source import AttemptId, KVFirstToken, KVLanded, KVQuiesced, KVReady
+from engine.engine import Engine
+from engine.fake import FakeSource, expected_tokens
+from engine.request import FinishReason, Request, RequestId, SampledToken
+from staffetta.errors import HandoffFailedError, InternalError
+from tests.engine.making import (
+    make_engine_with_source,
+    make_hasher,
+    make_limits,
+    make_prefill,
+    make_request,
+    make_sampling,
+    reason,
+    run_to_end,
+    step,
+    token_ids,
+)
+
+FIRST = AttemptId(1)
+SECOND = AttemptId(2)
+
+
+def wanted(request: Request) -> list[int]:
+    return [token.token_id for token in expected_tokens(request)]
+
+
+def begin(engine: Engine, request: Request) -> None:
+    engine.add(request)
+    step(engine)
+
+
+def grant(engine: Engine, source: FakeSource, attempt_id: AttemptId = FIRST) -> None:
+    source.ready(attempt_id)
+    step(engine)
+    assert source.attempts[attempt_id].block_ids is not None
+
+
+def land(engine: Engine, source: FakeSource, num_tokens: int) -> None:
+    source.land(FIRST, num_tokens)
+    step(engine)
+
+
+def assert_all_blocks_back(engine: Engine) -> None:
+    counts = engine.counts()
+    assert (counts.held_blocks, counts.quarantined_blocks) == (0, 0), counts
+
+
+def test_a_hand_off_brings_kv_then_the_token_and_the_engine_goes_on_from_there() -> None:
+    engine, runner, source = make_engine_with_source()
+    request = make_request("a", range(10))
+    begin(engine, request)
+    assert source.lookups == [("a", 0, 10)]
+    assert engine.counts().held_blocks == 0  # parked with nothing held
+    source.ready(FIRST)
+    step(engine)
+    attempt = source.attempts[FIRST]
+    assert attempt.block_ids == (0, 1, 2)
+    assert list(attempt.chain_hashes) == make_hasher().chain(range(10))
+    source.land(FIRST, 5)
+    step(engine)
+    assert len(engine.cache_snapshot().stored) == 1  # one full block of five tokens
+    source.land(FIRST, 10)
+    assert run_to_end(engine) == {}  # everything landed, and the token that the source promised is not drawn here
+    assert runner.num_runs == 0
+    source.send_first_token(FIRST)
+    outputs = run_to_end(engine)["a"]
+    assert [token.index for each in outputs for token in each.tokens] == [1, 2, 3, 4]
+    assert token_ids(outputs) == wanted(request)[1:]
+    stats = outputs[-1].stats
+    assert stats is not None
+    assert (stats.num_cached_tokens, stats.num_local_prompt_tokens, stats.num_recomputed_tokens) == (0, 0, 0)
+    assert_all_blocks_back(engine)
+
+
+@pytest.mark.parametrize("moment", ["begun", "ready", "granted", "part landed"])
+def test_the_first_token_may_come_at_any_time_and_is_not_emitted_again(moment: str) -> None:
+    engine, _, source = make_engine_with_source()
+    request = make_request("a", range(10))
+    begin(engine, request)
+    for name, move in (
+        ("begun", lambda: None),
+        ("ready", lambda: source.ready(FIRST)),
+        ("granted", lambda: step(engine)),
+        ("part landed", lambda: source.land(FIRST, 6)),
+    ):
+        move()
+        if name == moment:
+            source.send_first_token(FIRST)
+    step(engine)
+    source.land(FIRST, 10)
+    outputs = run_to_end(engine)["a"]
+    assert token_ids(outputs) == wanted(request)[1:]
+
+
+def test_a_first_token_that_ends_the_request_ends_it_at_once_and_its_blocks_wait_for_quiet() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_request("a", range(10), sampling=make_sampling(max_tokens=1)))
+    grant(engine, source)
+    source.land(FIRST, 4)
+    source.send_first_token(FIRST)
+    output = step(engine)["a"]
+    assert (output.tokens, output.finish_reason) == ((), FinishReason.LENGTH)
+    assert source.attempts[FIRST].is_over
+    counts = engine.counts()
+    assert (counts.held_blocks, counts.cached_blocks, counts.quarantined_blocks) == (0, 1, 2)
+    source.quiesce(FIRST)
+    step(engine)
+    assert_all_blocks_back(engine)
+
+
+def test_an_ending_and_a_failure_in_one_poll_give_one_ending() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_request("a", range(10), sampling=make_sampling(max_tokens=1)))
+    source.send_first_token(FIRST)
+    source.fail(FIRST, HandoffFailedError("too late"))
+    assert step(engine)["a"].finish_reason is FinishReason.LENGTH
+    assert engine.step() is None
+
+
+def test_a_failure_keeps_what_landed_and_computes_the_rest_here() -> None:
+    engine, _, source = make_engine_with_source(max_attempts=1)
+    request = make_request("a", range(10))
+    begin(engine, request)
+    grant(engine, source)
+    source.land(FIRST, 6)
+    source.fail(FIRST)
+    outputs = {"a": [step(engine)["a"]]}
+    assert source.lookups == [("a", 0, 10), ("a", 4, 10)]
+    assert engine.counts().quarantined_blocks == 2
+    outputs["a"] += run_to_end(engine)["a"]
+    assert token_ids(outputs["a"]) == wanted(request)
+    stats = outputs["a"][-1].stats
+    assert stats is not None and stats.num_local_prompt_tokens == 4
+    assert engine.counts().quarantined_blocks == 2  # still, though the request is over
+    source.quiesce(FIRST)
+    step(engine)
+    assert_all_blocks_back(engine)
+
+
+def test_a_failure_without_a_prefix_cache_keeps_the_landed_blocks_too() -> None:
+    engine, _, source = make_engine_with_source(max_attempts=1, limits=make_limits(prefix_caching=False))
+    request = make_request("a", range(10))
+    begin(engine, request)
+    grant(engine, source)
+    source.land(FIRST, 8)
+    source.fail(FIRST)
+    outputs = run_to_end(engine)["a"]
+    assert token_ids(outputs) == wanted(request)
+    stats = outputs[-1].stats
+    assert stats is not None and stats.num_local_prompt_tokens == 2
+
+
+def test_a_failure_after_the_first_token_tells_the_source_that_it_is_known() -> None:
+    engine, _, source = make_engine_with_source()
+    request = make_request("a", range(10))
+    begin(engine, request)
+    grant(engine, source)
+    source.send_first_token(FIRST)
+    source.land(FIRST, 8)
+    source.fail(FIRST)
+    step(engine)
+    assert source.lookups[-1] == ("a", 8, 11)
+    assert engine.counts().held_blocks == 0  # the second attempt waits with nothing held, too
+    grant(engine, source, SECOND)
+    assert len(source.attempts[SECOND].block_ids or ()) == 1
+    source.land(SECOND, 10)
+    source.send_first_token(SECOND)  # known: dropped
+    assert token_ids(run_to_end(engine)["a"]) == wanted(request)[1:]
+
+
+def test_a_failure_with_an_error_ends_the_request_with_it() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_request("a", range(10)))
+    grant(engine, source)
+    error = HandoffFailedError("recomputing is forbidden")
+    source.fail(FIRST, error)
+    output = step(engine)["a"]
+    assert (output.finish_reason, output.error) == (FinishReason.ERROR, error)
+    source.quiesce(FIRST)
+    step(engine)
+    assert_all_blocks_back(engine)
+
+
+def test_a_failure_when_only_the_token_lacks_recomputes_the_last_block_into_a_new_one() -> None:
+    engine, _, source = make_engine_with_source(max_attempts=1)
+    request = make_request("a", range(8))
+    begin(engine, request)
+    grant(engine, source)
+    source.land(FIRST, 8)
+    step(engine)
+    source.fail(FIRST)
+    outputs = run_to_end(engine)["a"]
+    assert source.lookups[-1] == ("a", 8, 8)
+    assert token_ids(outputs) == wanted(request)
+    stats = outputs[-1].stats
+    assert stats is not None and stats.num_recomputed_tokens == 4
+    assert_all_blocks_back(engine)
+
+
+def test_quiet_that_comes_before_the_failure_frees_the_blocks_at_once() -> None:
+    engine, _, source = make_engine_with_source(max_attempts=1)
+    begin(engine, make_request("a", range(10)))
+    grant(engine, source)
+    source.quiesce(FIRST)
+    source.fail(FIRST)
+    step(engine)
+    assert engine.counts().quarantined_blocks == 0
+
+
+def test_kv_that_lands_in_full_after_the_request_is_gone_ends_the_quarantine() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_request("a", range(10)))
+    grant(engine, source)
+    source.land(FIRST, 10)  # in flight towards the engine
+    engine.cancel(RequestId("a"))
+    assert engine.counts().quarantined_blocks == 3
+    assert step(engine)["a"].finish_reason is FinishReason.CANCELLED
+    assert_all_blocks_back(engine)
+
+
+@pytest.mark.parametrize("stage", ["new", "begun", "ready", "granted", "part landed", "landed"])
+def test_a_cancel_at_any_stage_gives_every_block_back(stage: str) -> None:
+    engine, _, source = make_engine_with_source(num_blocks=3)
+    engine.add(make_request("a", range(10), sampling=make_sampling(max_tokens=2)))
+    for name, move in (
+        ("new", lambda: None),
+        ("begun", lambda: step(engine)),
+        ("ready", lambda: source._tell(KVReady(FIRST))),
+        ("granted", lambda: step(engine)),
+        ("part landed", lambda: land(engine, source, 5)),
+        ("landed", lambda: land(engine, source, 10)),
+    ):
+        move()
+        if name == stage:
+            break
+    engine.cancel(RequestId("a"))
+    engine.cancel(RequestId("a"))
+    engine.check_integrity()
+    assert step(engine)["a"].finish_reason is FinishReason.CANCELLED
+    assert engine.counts().quarantined_blocks == {"granted": 3, "part landed": 2}.get(stage, 0)
+    if engine.counts().quarantined_blocks:
+        source.quiesce(FIRST)
+        step(engine)
+    assert_all_blocks_back(engine)
+    assert engine.step() is None
+
+
+def test_a_full_prefix_hit_is_an_ordinary_hand_off_without_bytes() -> None:
+    engine, _, source = make_engine_with_source()
+    source.offering = {RequestId("b")}
+    run_to_end_with(engine, make_request("a", range(8)))
+    request = make_request("b", range(8))
+    begin(engine, request)
+    assert source.lookups[-1] == ("b", 8, 8)
+    source.ready(FIRST)
+    step(engine)
+    assert source.attempts[FIRST].block_ids == ()
+    source.land(FIRST, 8)
+    source.send_first_token(FIRST)
+    outputs = run_to_end(engine)["b"]
+    assert token_ids(outputs) == wanted(request)[1:]
+    stats = outputs[-1].stats
+    assert stats is not None and stats.num_cached_tokens == 8
+
+
+def run_to_end_with(engine: Engine, request: Request) -> None:
+    engine.add(request)
+    assert token_ids(run_to_end(engine)[request.request_id]) == wanted(request)
+
+
+def test_a_prefix_that_shrank_starts_over_three_times_and_is_then_computed_here() -> None:
+    engine, _, source = make_engine_with_source(num_blocks=6, max_attempts=99)
+    source.offering = {RequestId("b")}
+    request = make_request("b", range(16), sampling=make_sampling(max_tokens=1))
+    run_to_end_with(engine, make_request("a", range(16), sampling=make_sampling(max_tokens=1)))
+    begin(engine, request)
+    # Each prefill takes one more block of the cached prefix, from its tail, and holds it.
+    for attempt, num_taken in enumerate((3, 1, 1, 1), start=1):
+        assert source.attempts[AttemptId(attempt)].num_cached_tokens == 20 - 4 * attempt
+        engine.add(make_prefill(f"p{attempt}", range(100 * attempt, 100 * attempt + 4 * num_taken)))
+        step(engine)
+        source.ready(AttemptId(attempt))
+        step(engine)
+        assert source.attempts[AttemptId(attempt)].is_over
+    assert len(source.attempts) == 4
+    for attempt in range(1, 5):
+        engine.release(RequestId(f"p{attempt}"))
+    assert token_ids(run_to_end(engine)["b"]) == wanted(request)
+
+
+def test_ready_sequences_get_blocks_in_order_and_nobody_overtakes() -> None:
+    engine, _, source = make_engine_with_source(num_blocks=4)
+    source.offering = {RequestId("big"), RequestId("small")}
+    holder = make_request("holder", range(8), sampling=make_sampling(max_tokens=3))
+    engine.add(holder)
+    step(engine)
+    engine.add(make_request("big", range(20, 36), sampling=make_sampling(max_tokens=1)))
+    engine.add(make_request("small", range(40, 44), sampling=make_sampling(max_tokens=1)))
+    step(engine)
+    source.ready(SECOND)
+    source.ready(FIRST)
+    step(engine)  # the holder ends in this step; its blocks are there in the next
+    assert [source.attempts[a].block_ids for a in (FIRST, SECOND)] == [None, None]
+    step(engine)
+    assert (len(source.attempts[FIRST].block_ids or ()), source.attempts[SECOND].block_ids) == (4, None)
+
+
+def test_a_preempted_sequence_is_recomputed_here_without_asking_again() -> None:
+    engine, _, source = make_engine_with_source(num_blocks=5)
+    first = make_request("first", range(8), sampling=make_sampling(max_tokens=8))
+    second = make_request("second", range(20, 28), sampling=make_sampling(max_tokens=8))
+    for request in (first, second):
+        engine.add(request)
+    step(engine)
+    for attempt_id in (FIRST, SECOND):
+        grant(engine, source, attempt_id)
+    for attempt_id in (FIRST, SECOND):
+        source.land(attempt_id, 8)
+        source.send_first_token(attempt_id)
+    outputs = run_to_end(engine)
+    assert token_ids(outputs["first"]) == wanted(first)[1:]
+    assert token_ids(outputs["second"]) == wanted(second)[1:]
+    stats = outputs["second"][-1].stats
+    assert stats is not None and stats.num_preemptions == 1
+    assert len(source.lookups) == 2
+
+
+def test_a_refused_lookup_ends_its_request_alone() -> None:
+    engine, _, source = make_engine_with_source()
+    refused = HandoffFailedError("nobody may compute this")
+    source.refusing[RequestId("a")] = refused
+    source.offering = set()
+    engine.add(make_request("a"))
+    engine.add(make_request("b"))
+    outputs = run_to_end(engine)
+    assert (reason(outputs["a"]), outputs["a"][0].error) == (FinishReason.ERROR, refused)
+    assert reason(outputs["b"]) is FinishReason.LENGTH
+
+
+def test_a_lookup_that_raises_something_else_ends_its_request_with_an_internal_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, _, source = make_engine_with_source()
+
+    def lookup(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(source, "lookup", lookup)
+    engine.add(make_request("a"))
+    error = step(engine)["a"].error
+    assert isinstance(error, InternalError) and "secret" not in error.message
+    assert "request a: looking for KV elsewhere raised" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        KVLanded(FIRST, 10, is_last=True),
+        KVFirstToken(FIRST, SampledToken(3, 1), None),
+    ],
+)
+def test_news_that_cannot_be_ends_its_request_and_nothing_else(event: KVLanded | KVFirstToken) -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_request("a", range(10)))
+    source._tell(event)
+    output = step(engine)["a"]
+    assert (output.finish_reason, type(output.error)) == (FinishReason.ERROR, InternalError)
+    assert source.attempts[FIRST].is_over
+    assert_all_blocks_back(engine)
+
+
+def test_kv_beyond_the_prompt_is_not_believed() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_request("a", range(10)))
+    grant(engine, source)
+    source._tell(KVLanded(FIRST, 11, is_last=False))
+    assert step(engine)["a"].finish_reason is FinishReason.ERROR
+
+
+def test_news_of_attempts_that_nobody_knows_is_dropped() -> None:
+    engine, _, source = make_engine_with_source()
+    unknown = AttemptId(99)
+    for event in (KVReady(unknown), KVLanded(unknown, 4, is_last=False), KVQuiesced(unknown)):
+        source._tell(event)
+    assert step(engine) == {}
+    assert engine.step() is None
+
+
+def test_credit_counts_the_token_that_the_source_brought() -> None:
+    engine, _, source = make_engine_with_source()
+    request = make_request("a", range(10), credit=2)
+    begin(engine, request)
+    grant(engine, source)
+    source.land(FIRST, 10)
+    source.send_first_token(FIRST)
+    assert token_ids(run_to_end(engine)["a"]) == wanted(request)[1:2]
+    engine.grant(RequestId("a"), 3)
+    assert token_ids(run_to_end(engine)["a"]) == wanted(request)[2:]
+
+
+def test_prefills_are_never_asked_about() -> None:
+    engine, _, source = make_engine_with_source()
+    engine.add(make_prefill("p", range(6)))
+    run_to_end(engine)
+    assert source.lookups == []
