@@ -100,7 +100,5 @@ class ModelRunner:
         batch = Batch.from_slices(slices, block_size=self._block_size)
         hidden = self._model.forward(batch, self._pages)
         draws = [Draw(part.sampling, part.output_index) for part in slices if part.sampling is not None]
-        if not draws:
-            return [None] * len(slices)
         tokens = iter(sample(self._model.logits(hidden), draws, self._backend))
         return [None if part.sampling is None else next(tokens) for part in slices]

@@ -208,6 +208,7 @@ def test_bfloat16_computes_within_its_precision(directory: Path) -> None:
 
 
 def test_runner_states_what_it_is(directory: Path) -> None:
+    torch.set_num_threads(2)
     runner = make_runner(directory)
     expected = sum(tensor.numel() for tensor in load_all(directory).values())
     assert runner.num_parameters == expected

@@ -125,6 +125,14 @@ def test_noise_of_a_token_does_not_depend_on_the_filters() -> None:
             assert filtered.token_id == free.token_id
 
 
+def test_equal_scores_under_noise_go_to_the_lower_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = [1.0, 3.0, 2.0]
+    monkeypatch.setattr("engine.sampler.gumbel", lambda ids, **_: -np.array(logits)[ids])
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.999}):
+        assert draw(logits, make_sampling(temperature=1.0, **filters)).token_id == 0
+    assert draw(logits, make_sampling(temperature=1.0, top_k=2)).token_id == 1
+
+
 def test_stop_tokens_are_masked_until_min_tokens_is_reached() -> None:
     for temperature in (0.0, 1e-3):
         sampling = make_sampling(temperature=temperature, min_tokens=3, stop_token_ids=frozenset({4, 1, 10**6}))

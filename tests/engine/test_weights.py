@@ -179,6 +179,8 @@ def test_a_missing_file_is_named(directory: Path) -> None:
         3,
         None,
         "a\n.safetensors",
+        "a.safetensors\n",
+        "a.safetensors/b",
     ],
 )
 def test_a_shard_name_that_is_not_a_plain_file_name_is_refused(directory: Path, name: object) -> None:
