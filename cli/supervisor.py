@@ -27,6 +27,9 @@ from staffetta.config.environment import child_environment
 from staffetta.config.resolved import encode
 from staffetta.exits import ExitCode, OperatorError
 
+_QUIET: Final = {"GRPC_VERBOSITY": "ERROR"}
+"""gRPC's core tells of every connection that ends; who needs to know is told by our own code."""
+
 _LAST_WORDS_S: Final = 2.0
 """What a process gets to end by itself once no request runs."""
 
@@ -151,7 +154,7 @@ class Supervisor:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,  # the terminal's Ctrl-C is for the supervisor alone
-                    env=child_environment(),
+                    env=child_environment(**_QUIET),
                 )
             self._gateway_process = process
             self._gateway.started(process.pid)
@@ -162,6 +165,7 @@ class Supervisor:
     async def _keep_zygote(self) -> None:
         entries = sorted({self._entries.of(worker.role) for worker in self._plan.workers})
         variables = {
+            **_QUIET,
             "OMP_NUM_THREADS": str(self._plan.max_threads),
             # Waiting threads must not spin: two workers share the cores.
             "OMP_WAIT_POLICY": "passive",
