@@ -146,3 +146,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "ask": Verb("ask a running gateway once", "PROMPT", _ask),
     "config": Verb("a role's settings and where they come from", "show ROLE", _config),
 }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
