@@ -1,8 +1,8 @@
 """Faults at named places, for tests of what must survive them. Nothing happens unless a worker was configured so.
 
 A spec is `NAME:ACTION:NTH`: at the NTH time (from 1) that `hit(NAME)` is called in this process, ACTION happens: `kill`
-(SIGKILL), `stop` (SIGSTOP) or `raise`. With the action `on`, `is_on(NAME)` is true from the NTH time on: the place itself
-knows what to spoil.
+(SIGKILL), `stop` (SIGSTOP) or `raise`. With the action `on`, `is_on(NAME)` is true from the NTH time on: the place
+itself knows what to spoil.
 """
 
 import os
@@ -50,6 +50,11 @@ def hit(name: str) -> None:
     if armed.action == "raise":
         raise FailpointError(name)
     os.kill(os.getpid(), signal.SIGKILL if armed.action == "kill" else signal.SIGSTOP)
+
+
+def is_armed(name: str) -> bool:
+    """Whether anything will happen at `name`; costs nothing and counts nothing."""
+    return name in _armed
 
 
 def is_on(name: str) -> bool:

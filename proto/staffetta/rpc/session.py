@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar, cast
 
 import grpc.aio
 
-from staffetta.errors import ProtocolError, WorkerLostError
+from staffetta.errors import ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.options import MAX_MESSAGE_BYTES
 
 PROTOCOL_VERSION = 1
@@ -38,7 +38,7 @@ class SessionPipe(Generic[In, Out]):
     """One end of a session. Event loop only.
 
     `send` never waits: messages queue up and one task writes them in order. The queue is bounded by the credits of the
-    requests it carries; should it still reach `MAX_PENDING_MESSAGES`, the peer does not read and the session is ended.
+    requests it carries; should it still reach `MAX_PENDING_MESSAGES`, the peer does not read and `run` ends.
     """
 
     def __init__(
@@ -57,31 +57,40 @@ class SessionPipe(Generic[In, Out]):
         self._is_drained.set()
         self._num_sent = 0
         self._num_received = 0
-        self._is_overrun = False
+        self._failure: StaffettaError | None = None
+        self._has_failed = asyncio.Event()
 
     def send(self, message: Out) -> None:
         """Numbers `message` and queues it. Raises ProtocolError for one above the bound of 256 KiB."""
-        self._num_sent += 1
-        message.sequence_number = self._num_sent
+        message.sequence_number = self._num_sent + 1
         if message.ByteSize() > MAX_MESSAGE_BYTES:
             raise ProtocolError(f"a session message has {message.ByteSize()} bytes, the bound is {MAX_MESSAGE_BYTES}")
         if len(self._pending) >= MAX_PENDING_MESSAGES:
-            self._is_overrun = True
-        else:
-            self._pending.append(message)
+            # From another task than the writer's: that one may be waiting for the peer to read, maybe for ever.
+            self.fail(WorkerLostError(f"the peer left {MAX_PENDING_MESSAGES} messages unread"))
+            return
+        self._num_sent += 1
+        self._pending.append(message)
         self._is_drained.clear()
         self._has_pending.set()
+
+    def fail(self, error: StaffettaError) -> None:
+        """Makes `run` raise `error` soon. The first call decides."""
+        if self._failure is None:
+            self._failure = error
+            self._has_failed.set()
 
     async def flush(self) -> None:
         """Waits until everything queued so far has been handed to the transport."""
         await self._is_drained.wait()
 
     async def run(self, consume: Coroutine[object, object, None], *, make_heartbeat: Callable[[], Out]) -> None:
-        """Runs the session until `consume`, which receives its messages, returns or anything raises; then ends the rest."""
+        """Runs the session until `consume`, which receives its messages, returns or anything raises."""
         tasks = [
             asyncio.create_task(consume),
             asyncio.create_task(self._run_writer()),
             asyncio.create_task(self._run_heartbeat(make_heartbeat)),
+            asyncio.create_task(self._watch_failure()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -93,15 +102,19 @@ class SessionPipe(Generic[In, Out]):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run_writer(self) -> None:
-        """Writes queued messages until cancelled. Raises WorkerLostError when the peer does not read."""
+        """Writes queued messages until cancelled."""
         while True:
             await self._has_pending.wait()
             self._has_pending.clear()
             while self._pending:
                 await self._write(self._pending.popleft())
-            if self._is_overrun:
-                raise WorkerLostError(f"the peer left {MAX_PENDING_MESSAGES} messages unread")
             self._is_drained.set()
+
+    async def _watch_failure(self) -> None:
+        """Raises what `fail` was told."""
+        await self._has_failed.wait()
+        assert self._failure is not None, "fail() sets both"
+        raise self._failure
 
     async def _run_heartbeat(self, make: Callable[[], Out]) -> None:
         """Sends `make()` every heartbeat interval until cancelled."""

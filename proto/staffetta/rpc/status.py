@@ -5,11 +5,13 @@ Whatever is not a `StaffettaError` leaves the process as INTERNAL with a fixed t
 """
 
 import inspect
-from typing import NoReturn, cast
+import logging
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -17,12 +19,14 @@ from staffetta import errors
 from staffetta.errors import Code, InternalError, StaffettaError
 from staffetta.v1 import common_pb2
 
+log = logging.getLogger(__name__)
+
 ERROR_DOMAIN = "staffetta"
 
 _CLASSES: dict[str, type[StaffettaError]] = {
     member.reason: member
     for _, member in inspect.getmembers(errors, inspect.isclass)
-    if issubclass(member, StaffettaError)
+    if issubclass(member, StaffettaError) and member is not StaffettaError
 }
 
 _CLASS_OF_CODE: dict[int, type[StaffettaError]] = {
@@ -63,14 +67,27 @@ async def abort(context: "grpc.aio.ServicerContext[object, object]", error: Base
 
 def error_from_rpc(error: grpc.aio.AioRpcError) -> StaffettaError:
     """The error a peer's status stands for; unknown reasons fall back to the class of their code."""
-    status = rpc_status.from_call(cast(grpc.Call, error))
-    if status is not None:
-        for detail in status.details:
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
-                return _make(info.reason, status.code, status.message, param=info.metadata.get("param"))
+    try:
+        status = rpc_status.from_call(cast(grpc.Call, error))
+        if status is not None:
+            for detail in status.details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info) and info.domain == ERROR_DOMAIN:
+                    return _make(info.reason, status.code, status.message, param=info.metadata.get("param"))
+    except (ValueError, DecodeError) as malformed:
+        log.warning("a peer's status details contradict its status: %s", malformed)
     code: int = error.code().value[0]
     return _make("", code, error.details() or f"the peer answered {error.code().name}", param=None)
+
+
+async def error_of_call(call: "grpc.aio.StreamStreamCall[Any, Any]") -> StaffettaError | None:
+    """Why a call ended, waiting for its end; None when the server closed it in order."""
+    code = await call.code()
+    if code is grpc.StatusCode.OK:
+        return None
+    details = await call.details()
+    initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
+    return error_from_rpc(grpc.aio.AioRpcError(code, initial, trailing, details=details))
 
 
 def failure_of(error: BaseException) -> common_pb2.Failure:

@@ -1,0 +1,37 @@
+"""Runs an async test in a loop of its own, where nothing may fail unseen."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+LIMIT_S = 30.0
+
+
+def in_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """Makes an async test an ordinary one. An exception in a callback, or of a task that nobody awaits, fails it."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        unseen: list[str] = []
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(
+                lambda _, context: unseen.append(f"{context['message']}: {context.get('exception')!r}")
+            )
+            async with asyncio.timeout(LIMIT_S):
+                await test(*args, **kwargs)
+
+        asyncio.run(main())
+        assert unseen == []
+
+    return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the loop run until `condition` holds; the test's own limit bounds it."""
+    while not condition():
+        await asyncio.sleep(0.002)
