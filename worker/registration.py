@@ -1,7 +1,8 @@
 """Keeps a worker registered with every gateway it is told of: one stream each, redialled while the worker lives.
 
 Each stream starts with the announcement and a snapshot of the prefix cache; after that, reports carry load and what
-entered or left the cache since the last one. A gateway that saw a gap in the numbers asks for a snapshot. Event loop only.
+entered or left the cache since the last one. A gateway that saw a gap in the numbers asks for a snapshot. Event loop
+only.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import grpc.aio
 from engine.cache.prefix import CacheEvents
 from staffetta.errors import StaffettaError
 from staffetta.rpc.channel import open_channel
-from staffetta.rpc.status import error_from_rpc
+from staffetta.rpc.status import error_of_call
 from staffetta.v1 import registry_pb2, registry_pb2_grpc
 
 REPORT_INTERVAL_S = 0.25
@@ -106,35 +107,42 @@ class Registration:
                 await self._register(gateway, channel)
                 log.info("gateway %s closed the registration; dialling again", gateway)
                 is_first_failure = True
-            except grpc.aio.AioRpcError as error:
-                if is_first_failure:
-                    log.warning("registration with gateway %s ended: %s", gateway, error_from_rpc(error).message)
-                is_first_failure = False
             except StaffettaError as error:
-                log.warning("registration with gateway %s ended: %s", gateway, error.message)
+                if is_first_failure:
+                    log.warning("registration with gateway %s ended: %s", gateway, error.message)
+                is_first_failure = False
             finally:
                 self._on_peers(gateway, ())
                 await channel.close()
             await asyncio.sleep(REDIAL_S)
 
     async def _register(self, gateway: str, channel: grpc.aio.Channel) -> None:
+        """Serves one stream to its end. Raises a StaffettaError when that is not the gateway's ordinary close."""
         call = registry_pb2_grpc.RegistryServiceStub(channel).Register()
         stream = _Stream()
         self._streams.add(stream)
+        reports = asyncio.create_task(self._report(call.write, stream))
+        reads = asyncio.create_task(self._read(gateway, call, stream))
         try:
-            async with asyncio.TaskGroup() as tasks:
-                reports = tasks.create_task(self._report(call.write, stream))
-                await self._read(gateway, call, stream)
-                reports.cancel()
-        except* grpc.aio.AioRpcError as group:
-            raise _first(group) from None
+            done, _ = await asyncio.wait({reports, reads}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            # A write that meets a finished call says so in general terms; the call's status has the reason.
+            if (error := await error_of_call(call)) is not None:
+                raise error from None
         finally:
             self._streams.discard(stream)
+            for task in (reports, reads):
+                task.cancel()
+            await asyncio.gather(reports, reads, return_exceptions=True)
             call.cancel()
 
     async def _report(self, write: Callable[[registry_pb2.RegisterRequest], Awaitable[None]], stream: _Stream) -> None:
         number = 0
         while True:
+            # Before the report is made: what changes from here on is in the next one, without waiting.
+            stream.report_now.clear()
             number += 1
             report = registry_pb2.RegisterRequest(sequence_number=number, load=await self._reporter.load())
             if number == 1:
@@ -148,7 +156,6 @@ class Registration:
             for block_hash, is_stored in stream.take_changes():
                 (report.stored_blocks if is_stored else report.removed_blocks).append(block_hash)
             await write(report)
-            stream.report_now.clear()
             try:
                 async with asyncio.timeout(REPORT_INTERVAL_S):
                     await stream.report_now.wait()
@@ -165,10 +172,3 @@ class Registration:
             if response.wants_snapshot:
                 stream.wants_snapshot = True
             self._on_peers(gateway, tuple(response.prefill_peers))
-
-
-def _first(group: BaseExceptionGroup[grpc.aio.AioRpcError]) -> BaseException:
-    first: BaseException = group.exceptions[0]
-    while isinstance(first, BaseExceptionGroup):
-        first = first.exceptions[0]
-    return first
