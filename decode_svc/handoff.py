@@ -117,6 +117,8 @@ class Handoff:
     ended_in: HandoffState | None = None
     """The state in which it was committed, failed or given up; None while it runs."""
     has_failed: bool = False
+    is_answered: bool = False
+    """Whether the first token was also the request's last, so that nothing needs to land."""
     _chunks: deque[prefill_pb2.ChunkReady] = field(default_factory=deque)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped: "asyncio.Future[StaffettaError | None]" = field(
@@ -124,6 +126,7 @@ class Handoff:
     )
     _grant: _Grant | None = None
     _is_announced: bool = False
+    _has_first_token: bool = False
     _reads: "set[Future[int]]" = field(default_factory=set)
 
     # What happens to the attempt
@@ -137,15 +140,23 @@ class Handoff:
             self.post(KVReady(self.attempt_id))
 
     def on_first_token(self, message: prefill_pb2.FirstToken) -> None:
-        """The first token goes to the client at once, KV in flight or not. A later attempt's is the same: dropped."""
+        """The first token goes to the client at once, KV in flight or not.
+
+        A later attempt's is the same token and goes to the engine alone, which may have missed the earlier: it drops
+        news of an attempt that it has just given up.
+        """
+        token = token_from_proto(message.token)
+        finish_reason = finish_reason_from_proto(message.finish_reason)
         if self.record.first_token_at is None:
             self.record.first_token_at = time.monotonic()
             self.record.prefill_cached_tokens = message.cached_tokens
             self.record.prefill_queue_s = message.queue_s
-            token = token_from_proto(message.token)
-            finish_reason = finish_reason_from_proto(message.finish_reason)
             self.emit(token, finish_reason)
-            self.post(KVFirstToken(self.attempt_id, token, finish_reason))
+        if finish_reason is not None:
+            self.is_answered = True
+            self.record.prefill_worker = self.peer.worker_id
+        self._has_first_token = True
+        self.post(KVFirstToken(self.attempt_id, token, finish_reason))
         self._news.set()
 
     def on_granted(
@@ -183,16 +194,18 @@ class Handoff:
     async def _pull_all(self) -> None:
         num_prompt_tokens = len(self.request.prompt_token_ids)
         num_landed = self.num_held_tokens
-        while num_landed < num_prompt_tokens:
+        while True:
+            # At least one chunk: a prompt that is all here has an empty one, and the same course.
             chunk, grant = await self._next_chunk()
             self.state = HandoffState.PULLING
             failpoint.hit("handoff.pulling")
             num_landed = await self._pull(chunk, grant, num_landed)
-            if num_landed < num_prompt_tokens:
-                self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
+            if num_landed == num_prompt_tokens:
+                break
+            self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
         self.record.landed_at = time.monotonic()
         self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
-        while self.record.first_token_at is None:
+        while not self._has_first_token:
             await self._wait_for_news()
         self.ended_in = self.state = HandoffState.COMMITTED
         self.post(KVLanded(self.attempt_id, num_landed, is_last=True))

@@ -17,10 +17,10 @@ from decode_svc.decision import PeerView
 from decode_svc.handoff import Handoff
 from kvtransfer.memory import PoolMemory
 from kvtransfer.transport import BlockRead, KVReader, SelfTest, TransportOffer, choose, open_reader
-from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, WorkerLostError
+from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, TransportError, WorkerLostError
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe
-from staffetta.rpc.status import error_from_failure, error_from_rpc
+from staffetta.rpc.status import error_from_failure, error_of_call
 from staffetta.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from worker.codec import offer_from_proto, prompt_parts
 from worker.pairing import check_pair
@@ -59,8 +59,12 @@ class PeerSession:
         return self.reader.read(ticket, reads)
 
     def cut(self) -> None:
-        """Ends the endpoint; `KVReader.close` waits for its threads, so it runs on one of its own."""
+        """Ends the endpoint, and the session with it: useless without a transport, it is dialled again for both.
+
+        `KVReader.close` waits for its threads, so it runs on one of its own.
+        """
         asyncio.get_running_loop().run_in_executor(None, self.reader.close)
+        self.pipe.fail(TransportError(f"the {self.transport} transport of {self.worker_id} was stuck and has been cut"))
 
     def start(self, handoff: Handoff, start: prefill_pb2.StartPrefill) -> None:
         """Sends a prompt to be computed, in as many messages as it takes."""
@@ -172,6 +176,7 @@ class Peers:
 
     async def _keep(self, address: str) -> None:
         """Serves sessions to `address` while it is wanted. One that works lives on: its peer's end is what ends it."""
+        told = ""  # the last ending in the log: a worker that is away for hours ends in one line
         while address in self._all_wanted():
             channel = open_channel(address)
             pause_s = REDIAL_S
@@ -181,7 +186,13 @@ class Peers:
                 log.error("prefill worker at %s cannot be paired: %s", address, error.message)
                 pause_s = REFUSED_REDIAL_S
             except StaffettaError as error:
-                log.info("session with the prefill worker at %s ended: %s", address, error.message)
+                if error.message != told:
+                    log.info("session with the prefill worker at %s ended: %s", address, error.message)
+                told = error.message
+            except Exception:
+                # A defect, here or there, costs this session and not the peer for ever.
+                log.exception("session with the prefill worker at %s ended unexpectedly", address)
+                pause_s = REFUSED_REDIAL_S
             finally:
                 await channel.close()
             await asyncio.sleep(pause_s)
@@ -197,10 +208,10 @@ class Peers:
             await pipe.run(self._serve(pipe), make_heartbeat=self._heartbeat)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             # A write that meets a finished call says so in general terms; the call's status has the reason.
-            raise await _ending(call) from None
+            raise await error_of_call(call) or _closed() from None
         finally:
             call.cancel()
-        raise await _ending(call)
+        raise await error_of_call(call) or _closed()
 
     async def _serve(self, pipe: _Pipe) -> None:
         first = await pipe.receive()
@@ -210,7 +221,7 @@ class Peers:
             raise ProtocolError("the prefill worker's first message does not open the session")
         check_pair(self._identity, first.opened.identity)
         offers = [offer_from_proto(offer) for offer in first.opened.transports]
-        reader, self_test = await asyncio.to_thread(self._open_fastest, offers)
+        reader, self_test = await self._open(offers)
         session = PeerSession(first.opened.identity.worker_id, pipe, reader, self_test)
         self._sessions[session.worker_id] = session
         self._changed()
@@ -233,6 +244,15 @@ class Peers:
                     session.on_heartbeat(message.heartbeat)
                 case other:
                     raise ProtocolError(f"message {other} has no place in an open session")
+
+    async def _open(self, offers: Sequence[TransportOffer]) -> tuple[KVReader, SelfTest]:
+        """Opens the fastest transport. Cancelled while it does, it leaves no reader open."""
+        opening = asyncio.get_running_loop().run_in_executor(None, self._open_fastest, offers)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unused)
+            raise
 
     def _open_fastest(self, offers: Sequence[TransportOffer]) -> tuple[KVReader, SelfTest]:
         """Tries every transport both sides have, measures each, keeps the fastest. Worker thread."""
@@ -269,14 +289,11 @@ class Peers:
         self._on_change()
 
 
-async def _ending(
-    call: "grpc.aio.StreamStreamCall[prefill_pb2.PrefillSessionRequest, prefill_pb2.PrefillSessionResponse]",
-) -> StaffettaError:
-    """Why a finished call ended."""
-    if await call.code() is grpc.StatusCode.OK:
-        return WorkerLostError("the prefill worker closed the session")
-    details = await call.details()
-    error = grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=details
-    )
-    return error_from_rpc(error)
+def _closed() -> WorkerLostError:
+    return WorkerLostError("the prefill worker closed the session")
+
+
+def _close_unused(opening: "asyncio.Future[tuple[KVReader, SelfTest]]") -> None:
+    """Closes the reader of a session that ended while it was being opened; it has no reads to wait for."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[0].close()

@@ -81,6 +81,12 @@ class _Active:
     started_at: float
     prompt: PromptParts | None = None
     first_token_at: float | None = None
+    handed_over_index: int | None = None
+    """Index of the token that a hand-off brought and that was sent at once."""
+
+    def unsent(self, tokens: tuple[SampledToken, ...]) -> list[common_pb2.Token]:
+        """`tokens` without the one sent already: the engine draws it again if the hand-off was given up meanwhile."""
+        return [token_to_proto(token) for token in tokens if token.index != self.handed_over_index]
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -264,6 +270,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         active = self._active.get(request_id)
         if active is not None:
             active.first_token_at = time.monotonic()
+            active.handed_over_index = token.index
             event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[token_to_proto(token)])
             active.session.send([event])
 
@@ -277,9 +284,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 active.first_token_at = time.monotonic()
             if sequence.finish_reason is not None:
                 events[active.session].append(self._ending(active, sequence))
-            elif sequence.tokens:
-                event = decode_pb2.SequenceEvent(request_id=sequence.request_id)
-                event.tokens.extend(map(token_to_proto, sequence.tokens))
+            elif tokens := active.unsent(sequence.tokens):
+                event = decode_pb2.SequenceEvent(request_id=sequence.request_id, tokens=tokens)
                 events[active.session].append(event)
         for session, session_events in events.items():
             session.send(session_events)
@@ -289,7 +295,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         record = self._forget(sequence.request_id).record
         event = decode_pb2.SequenceEvent(
             request_id=sequence.request_id,
-            tokens=map(token_to_proto, sequence.tokens),
+            tokens=active.unsent(sequence.tokens),
             finish_reason=finish_reason_to_proto(sequence.finish_reason),
             summary=decode_pb2.SequenceSummary(
                 handoff=common_pb2.HandoffReport(

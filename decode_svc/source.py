@@ -142,7 +142,7 @@ class HandoffSource:
         self._to_loop(self._grant, attempt_id, block_ids, first_block_index, chain_hashes)
 
     def abandon(self, attempt_id: AttemptId) -> None:
-        """Ends the attempt; `KVQuiesced` follows in any case."""
+        """Ends the attempt. Every grant is answered by one `KVQuiesced` or by the last `KVLanded`."""
         self._to_loop(self._abandon, attempt_id)
 
     def poll(self) -> Sequence[KVEvent]:
@@ -220,10 +220,8 @@ class HandoffSource:
 
     def _abandon(self, attempt_id: AttemptId) -> None:
         handoff = self._attempts.get(attempt_id)
-        if handoff is None:
-            self._post(KVQuiesced(attempt_id))
-            return
-        handoff.stop(None)
+        if handoff is not None:
+            handoff.stop(None)
 
     def _refresh(self) -> None:
         if self._peers is not None:
@@ -239,6 +237,6 @@ class HandoffSource:
 
 def _outcome(handoff: Handoff) -> tuple[str, str]:
     ended_in = (handoff.ended_in or handoff.state).value
-    if handoff.ended_in is HandoffState.COMMITTED:
+    if handoff.ended_in is HandoffState.COMMITTED or (handoff.is_answered and not handoff.has_failed):
         return ended_in, "done"
     return ended_in, "failed" if handoff.has_failed else "abandoned"
