@@ -125,6 +125,18 @@ def test_the_latest_of_the_lowest_priority_is_preempted() -> None:
         assert token_ids(outputs[request.request_id]) == wanted(request)
 
 
+def test_a_sequence_never_takes_blocks_of_one_that_comes_before_it() -> None:
+    engine, runner = make_recorded(num_blocks=5)
+    engine.add(make_request("early", range(9), sampling=make_sampling(max_tokens=4)))
+    engine.add(make_request("late", range(20, 27), sampling=make_sampling(max_tokens=3)))
+    outputs = run_to_end(engine)
+    assert [outputs[name][-1].stats.num_preemptions for name in outputs] == [0, 0]  # type: ignore[union-attr]
+    # The late one lacks a third block at position 8 and waits for the end of the early one.
+    assert [[name for name, _, _ in run] for run in runner.runs] == [["early", "late"]] * 2 + [["early"]] * 2 + [
+        ["late"]
+    ]
+
+
 def test_a_preempted_sequence_takes_back_what_the_prefix_cache_kept() -> None:
     engine, runner = make_recorded(num_blocks=5)
     first = make_request("first", range(7), sampling=make_sampling(max_tokens=10))
@@ -257,6 +269,31 @@ def test_scheduling_changes_nothing_and_gives_the_same_plan_again() -> None:
         assert plans[0] == plans[1] == plans[2]
         assert (repr(sequences), books.pool.counts(), books.prefix.snapshot()) == before
         books.commit([*books.runner.run(books.scheduler.apply(plans[0]))])
+
+
+def test_what_a_plan_gave_a_victim_goes_to_others_in_the_same_plan() -> None:
+    books = Books(num_blocks=7, limits=make_limits(max_batch_tokens=14))
+    # Name, tokens known, tokens computed; one block each, and three left. By priority, so the last is the victim.
+    for rank, (name, num_known, num_computed) in enumerate(
+        (("long", 16, 4), ("more", 5, 2), ("stays", 5, 4), ("last", 5, 4))
+    ):
+        sequence = Sequence(
+            make_request(name, range(20 * rank, 20 * rank + num_known), priority=-rank),
+            make_hasher(),
+            BlockLease(books.pool),
+            0.0,
+            num_computed_tokens=num_computed,
+        )
+        sequence.lease.extend(1)
+        books.scheduler.start(sequence)
+    plan = books.plan()
+    # "last" had one token and one new block; its own block comes on top: three blocks for "long", one token for "more".
+    assert plan.preempted == ("last",)
+    assert [(part.request_id, part.num_tokens, part.num_new_blocks) for part in plan.slices] == [
+        ("stays", 1, 1),
+        ("long", 12, 3),
+        ("more", 1, 0),
+    ]
 
 
 @pytest.mark.parametrize("num_blocks", [6, 16])

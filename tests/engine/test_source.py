@@ -309,6 +309,22 @@ def test_ready_sequences_get_blocks_in_order_and_nobody_overtakes() -> None:
     assert (len(source.attempts[FIRST].block_ids or ()), source.attempts[SECOND].block_ids) == (4, None)
 
 
+def test_sequences_that_receive_kv_count_as_those_that_run() -> None:
+    engine, runner, source = make_engine_with_source(limits=make_limits(max_sequences=1))
+    source.offering = {RequestId("a"), RequestId("b")}
+    for number, name in enumerate("abc"):
+        engine.add(make_request(name, range(20 * number, 20 * number + 8)))
+    step(engine)
+    assert runner.num_runs == 1  # nobody receives yet, so the one that is computed here has the place
+    engine.cancel(RequestId("c"))
+    source.ready(FIRST)
+    source.ready(SECOND)
+    engine.add(make_request("d", range(60, 68)))
+    run_to_end(engine)
+    assert [source.attempts[a].block_ids is not None for a in (FIRST, SECOND)] == [True, False]
+    assert runner.num_runs == 1
+
+
 def test_a_preempted_sequence_is_recomputed_here_without_asking_again() -> None:
     engine, _, source = make_engine_with_source(num_blocks=5)
     first = make_request("first", range(8), sampling=make_sampling(max_tokens=8))

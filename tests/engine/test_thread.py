@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pytest
@@ -98,10 +99,11 @@ def test_an_engine_without_work_sleeps_between_commands(monkeypatch: pytest.Monk
     monkeypatch.setattr(engine, "step", counted)
     num_calls = 200
     with running(EngineThread(engine, on_output=Receiver())) as thread:
+        thread.wake()
         for _ in range(num_calls):
             thread.call(lambda _: None).result(TIMEOUT_S)
-    # One step at the start and at most one after each command; a loop that spins makes thousands.
-    assert num_steps <= num_calls + 1
+    # One step at the start, one for the waking, at most one after each command; a loop that spins makes thousands.
+    assert num_steps <= num_calls + 2
 
 
 def test_waking_makes_the_engine_look_at_its_source() -> None:
@@ -131,18 +133,23 @@ def test_a_crash_of_the_loop_is_kept_reported_and_fails_what_comes_later() -> No
     reported: list[BaseException] = []
     is_over = threading.Event()
 
+    waiting: list[Future[object]] = []
+
     def on_output(output: StepOutput) -> None:
+        waiting.append(thread.call(lambda e: e.counts()))
         raise boom
 
     def on_failure(error: BaseException) -> None:
         reported.append(error)
         is_over.set()
 
-    with running(EngineThread(engine, on_output=on_output, on_failure=on_failure)) as thread:
+    thread = EngineThread(engine, on_output=on_output, on_failure=on_failure)
+    with running(thread):
         thread.submit(lambda e: e.add(make_request("a")))
         assert is_over.wait(TIMEOUT_S)
-        with pytest.raises(UnavailableError, match="has stopped"):
-            thread.call(lambda e: e.counts()).result(TIMEOUT_S)
+        for future in (waiting[0], thread.call(lambda e: e.counts())):
+            with pytest.raises(UnavailableError, match="has stopped"):
+                future.result(TIMEOUT_S)
     assert reported == [boom] and thread.failure is boom and not thread.is_alive
 
 
