@@ -1,4 +1,4 @@
-"""What every bar prints and takes: its options, a table, medians with their spread, and a verdict that is an exit code."""
+"""What every bar takes and prints: its options, a table, medians with their spread, a verdict that is an exit code."""
 
 import argparse
 import statistics

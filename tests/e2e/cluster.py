@@ -143,7 +143,7 @@ class Cluster:
         return {name: _load_at(worker.announcement.address) for name, worker in self.workers().items()}
 
     def wait_until_idle(self, *, timeout_s: float = 10.0) -> dict[str, Load]:
-        """The loads once no worker holds a block, a sequence or a hand-off. Raises AssertionError when that never is."""
+        """The loads once no worker holds a block, a sequence or a hand-off; AssertionError when that never is."""
         return wait_until(
             self.loads, lambda loads: bool(loads) and all(map(is_idle, loads.values())), timeout_s=timeout_s
         )

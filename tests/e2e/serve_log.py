@@ -30,7 +30,7 @@ class ServeLog:
         return "\n".join(self.lines()[-_LAST_LINES:])
 
     def wait_for(self, text: str, *, timeout_s: float, num_times: int = 1) -> None:
-        """Returns once `num_times` lines contain `text`. Raises AssertionError with the last lines when that never is."""
+        """Returns once `num_times` lines contain `text`; AssertionError with the last lines when that never is."""
         deadline = time.monotonic() + timeout_s
         with self._changed:
             while sum(text in line for line in self._lines) < num_times:
