@@ -41,6 +41,8 @@ from worker.rank import Rank
 log = logging.getLogger(__name__)
 
 LEASE_SWEEP_S = 0.5
+EVENTS_PER_MESSAGE = 64
+"""64 first tokens with 20 alternatives each stay below the message bound; a chunk has a message of its own."""
 
 _Pipe = SessionPipe[prefill_pb2.PrefillSessionRequest, prefill_pb2.PrefillSessionResponse]
 
@@ -56,12 +58,14 @@ class _Session:
     handoffs: set[str] = field(default_factory=set)
 
     def send(self, events: list[prefill_pb2.PrefillEvent]) -> None:
-        self.pipe.send(prefill_pb2.PrefillSessionResponse(events=prefill_pb2.PrefillEvents(events=events)))
+        for first in range(0, len(events), EVENTS_PER_MESSAGE):
+            part = prefill_pb2.PrefillEvents(events=events[first : first + EVENTS_PER_MESSAGE])
+            self.pipe.send(prefill_pb2.PrefillSessionResponse(events=part))
 
 
 @dataclass(slots=True, eq=False)
 class _Handoff:
-    """One prefill for one session. `prompt` is None once the engine has it; `ticket` is empty before the first chunk."""
+    """One prefill for one session. `prompt` is None once the engine has it; `ticket` is empty until the first chunk."""
 
     session: _Session
     start: prefill_pb2.StartPrefill
@@ -240,6 +244,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 self._fail(sequence.request_id, sequence.error or HandoffFailedError("the prefill was cancelled"))
             elif sequence.tokens:
                 events[handoff.session].append(self._first_token(handoff, sequence))
+                if handoff.start.num_held_tokens == handoff.start.num_prompt_tokens:
+                    # Nothing to move is a hand-off like any other: one chunk, empty, the last.
+                    chunks.append(_Chunk(sequence.request_id, ()))
         for session, session_events in events.items():
             session.send(session_events)
             self._after_flush(session, "prefill.first_token_sent")
@@ -291,8 +298,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         events: dict[_Session, list[prefill_pb2.PrefillEvent]] = defaultdict(list)
         for chunk in checksummed.result():
             handoff = self._handoffs.get(chunk.handoff_id)
-            if handoff is not None:
+            if handoff is None:
+                continue
+            try:
                 events[handoff.session].append(self._chunk_ready(handoff, chunk))
+            except StaffettaError as error:
+                self._fail(chunk.handoff_id, error)
         for session, session_events in events.items():
             for event in session_events:
                 session.send([event])
@@ -306,8 +317,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             handoff.ticket = self._rank.tickets.issue(start.handoff_id, session_keys, block_ids, lease_s=start.lease_s)
         else:
             self._rank.tickets.extend(handoff.ticket, block_ids, lease_s=start.lease_s)
-        last = chunk.blocks[-1]
-        num_ready_tokens = last.block_index * self._rank.layout.groups[0].block_size + last.num_tokens
+        num_ready_tokens = start.num_held_tokens
+        if chunk.blocks:
+            last = chunk.blocks[-1]
+            num_ready_tokens = last.block_index * self._rank.layout.groups[0].block_size + last.num_tokens
         is_last = num_ready_tokens == start.num_prompt_tokens
         if is_last:
             handoff.lease_ends = self._loop.time() + start.lease_s
