@@ -19,7 +19,7 @@ class PromptParts:
         self.append(first)
 
     def append(self, token_ids: Sequence[int]) -> None:
-        """Adds the next part. Raises InvalidRequestError for an id outside the vocabulary or more than was announced."""
+        """Adds the next part. Raises InvalidRequestError for an id outside the vocabulary or more than announced."""
         validate.check_prompt_part(token_ids, self._num_missing, self._limits)
         self._num_missing -= len(token_ids)
         self._token_ids.extend(token_ids)

@@ -28,7 +28,6 @@ from worker.registration import Registration
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 10.0
 STOP_GRACE_S = 1.0
 
 
@@ -158,27 +157,37 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, terminations.put_nowait, number)
         self._service.start()
+        try:
+            address = await self._serve(config.listen)
+            registration = Registration(
+                config.gateways, self._announcement(address), self, on_peers=self._service.on_peers
+            )
+            self._registration = registration
+            log.info("%s serves on %s", self.identity.worker_id, address)
+            registering = asyncio.create_task(registration.run(), name="registration")
+            registering.add_done_callback(_log_failure)
+            try:
+                return await self._serve_until_told(terminations)
+            finally:
+                registering.cancel()
+                await asyncio.gather(registering, return_exceptions=True)
+        finally:
+            await self._server.stop(grace_s=STOP_GRACE_S)
+            await self._service.close()
+            await asyncio.to_thread(self.rank.stop)
+
+    async def _serve(self, listen: str) -> str:
+        """Binds and serves; returns the bound host:port. Raises PortError."""
         self._service.add_to(self._server)
         control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(self), self._server.grpc)
         try:
-            address = await self._server.start(config.listen)
+            address = await self._server.start(listen)
         except BindError as error:
             raise PortError(
                 "PORT_IN_USE", str(error), why="another process may have it", fix="--listen 127.0.0.1:0"
             ) from error
         await self._server.set_serving()
-        registration = Registration(config.gateways, self._announcement(address), self, on_peers=self._service.on_peers)
-        self._registration = registration
-        log.info("%s serves on %s", self.identity.worker_id, address)
-        registering = asyncio.create_task(registration.run(), name="registration")
-        try:
-            return await self._serve_until_told(terminations)
-        finally:
-            registering.cancel()
-            await asyncio.gather(registering, return_exceptions=True)
-            await self._server.stop(grace_s=STOP_GRACE_S)
-            await self._service.close()
-            await asyncio.to_thread(self.rank.stop)
+        return address
 
     async def _serve_until_told(self, terminations: "asyncio.Queue[int]") -> int:
         told = asyncio.create_task(terminations.get())
@@ -197,7 +206,7 @@ class Worker:
         return 0 if is_drained else 1
 
     async def _drain(self) -> None:
-        async for progress in drain(self, timeout_s=DRAIN_S):
+        async for progress in drain(self, timeout_s=self.rank.config.drain_s):
             log.info("%s: %d requests left", self.identity.worker_id, progress.num_remaining)
 
     def _announcement(self, address: str) -> registry_pb2.WorkerAnnouncement:
@@ -212,6 +221,11 @@ class Worker:
             num_parameters=self.rank.runner.num_parameters,
             backend=self.backend,
         )
+
+
+def _log_failure(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("the registration ended; gateways do not hear of this worker any more", exc_info=error)
 
 
 _SERVICE_OF_ROLE = {

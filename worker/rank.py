@@ -4,6 +4,7 @@ The pool's memory outlives everything that touches it: exporters and readers are
 memory goes.
 """
 
+import logging
 import os
 import secrets
 import tempfile
@@ -31,6 +32,8 @@ from staffetta.validate import Limits
 from worker.codec import layout_to_proto
 
 EMBEDDED_MODEL = "demo"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -141,21 +144,34 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
 
 
 def open_exporters(rank: Rank) -> list[KVExporter]:
-    """Exports the pool by every transport of the configuration that this machine can serve."""
+    """Exports the pool by every transport of the configuration that this machine can serve.
+
+    One that cannot be served is told in the log and left out. Raises UsageError when none is left.
+    """
     config = rank.config
     exporters: list[KVExporter] = []
+    reasons: list[str] = []
     for transport in config.transports:
-        if transport == "shm" and not rank.memory.is_shareable:
-            continue
-        exporters.append(
-            export(
-                transport,
-                rank.memory,
-                tickets=rank.tickets,
-                shm_dir=Path(config.shm_dir or tempfile.mkdtemp(prefix="staffetta-")),
-                listen=config.transfer_listen,
-                advertise=config.transfer_advertise,
+        try:
+            exporters.append(
+                export(
+                    transport,
+                    rank.memory,
+                    tickets=rank.tickets,
+                    shm_dir=Path(config.shm_dir or tempfile.mkdtemp(prefix="staffetta-")),
+                    listen=config.transfer_listen,
+                    advertise=config.transfer_advertise,
+                )
             )
+        except (ValueError, OSError) as error:
+            log.warning("transport %s is not offered: %s", transport, error)
+            reasons.append(f"{transport}: {error}")
+    if not exporters:
+        raise UsageError(
+            "NO_TRANSPORT",
+            "no transport of the configuration can be offered",
+            why="; ".join(reasons) or "transports is empty",
+            fix="--transports tcp --transfer-listen 127.0.0.1:0",
         )
     return exporters
 
@@ -164,16 +180,18 @@ def _cluster_key(config: WorkerConfig) -> bytes:
     if not config.cluster_key:
         return secrets.token_bytes(32)
     try:
-        return bytes.fromhex(config.cluster_key)
+        key = bytes.fromhex(config.cluster_key)
+        BlockHasher(key, block_size=config.block_size)
     except ValueError as error:
         raise UsageError(
-            "BAD_CLUSTER_KEY", "cluster_key is not hexadecimal", why="it keys the block-hash chain",
+            "BAD_CLUSTER_KEY", "cluster_key is not 16 to 64 bytes in hexadecimal", why="it keys the block-hash chain",
             fix="STAFFETTA_CLUSTER_KEY=$(openssl rand -hex 32)",
         ) from error  # fmt: skip
+    return key
 
 
 def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_bytes: int) -> None:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _available_bytes()
     if num_blocks < 1:
         raise DoesNotFitError(
             "KV_POOL_TOO_SMALL",
@@ -185,9 +203,20 @@ def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_
         raise DoesNotFitError(
             "KV_POOL_TOO_LARGE",
             f"the KV pool has {pool_bytes} bytes",
-            why=f"{available} bytes of memory are free",
+            why=f"{available} bytes of memory are available",
             fix=f"--num-blocks {max(1, available // 2 // page_bytes)}",
         )
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: free, and what the system's own caches would give back."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if name == "MemAvailable":
+                return int(rest.split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _role_name(role: common_pb2.WorkerRole.ValueType) -> str:
