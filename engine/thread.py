@@ -61,6 +61,11 @@ class EngineThread:
         return self._thread.is_alive()
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the engine so far; it grows while there is work, so that a wedged engine shows."""
+        return self._engine.num_steps
+
+    @property
     def failure(self) -> BaseException | None:
         """What ended the loop, when it was not `stop`."""
         with self._condition:
