@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,8 @@ class RunningServe:
 
     def wait_for_line(self, text: str) -> str:
         """The next line of standard error that contains `text`."""
-        while (line := self._unread.get(timeout=DEADLINE_S)) is not None:
+        deadline = time.monotonic() + DEADLINE_S
+        while (line := self._unread.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
             if text in line:
                 return line
         raise AssertionError(f"no line says {text!r}: {self.lines}")
@@ -63,7 +65,8 @@ class RunningServe:
 
     def close(self) -> None:
         """Leaves nothing behind, whatever failed."""
-        for child in (*self.children.values(), psutil.Process(self.process.pid)) if self.process.poll() is None else ():
+        self.process.kill()
+        for child in self.children.values():
             if child.is_running():
                 child.kill()
         self.process.wait(timeout=DEADLINE_S)
