@@ -1,1 +1,1 @@
-"""A complete inference engine: model, paged KV cache, scheduler, sampler. One thread touches it; it speaks no network."""
+"""A complete inference engine: model, paged KV cache, scheduler, sampler. One thread touches it; no network."""

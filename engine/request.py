@@ -34,8 +34,8 @@ class SamplingParams:
     """How the next token is chosen, fully resolved: no field is left to a default of somebody else.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep everything. `seed` keys the counter-based random numbers.
-    `stop_token_ids` already contains the model's end-of-sequence tokens unless the request ignores them. `num_logprobs` None
-    asks for none, 0 for the chosen token's alone, n for n alternatives as well.
+    `stop_token_ids` already contains the model's end-of-sequence tokens unless the request ignores them.
+    `num_logprobs` None asks for none, 0 for the chosen token's alone, n for n alternatives as well.
     """
 
     temperature: float
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One generated token. `index` counts output positions from 0. Log-probabilities are float32 values, natural log."""
+    """One generated token. `index` counts output positions from 0. Log-probabilities are natural, float32 values."""
 
     index: int
     token_id: int
@@ -97,8 +97,9 @@ class FinalBlock:
 class SequenceStats:
     """What one sequence cost. Durations in seconds, counts in tokens.
 
-    `queue_s`: arrival to first computation. `prefill_s`: first computation to first token. `num_cached_tokens`: prompt tokens
-    taken from the local prefix cache at first. `num_recomputed_tokens`: tokens computed a second time after preemption.
+    `queue_s`: arrival to first computation. `prefill_s`: first computation to first token. `num_cached_tokens`:
+    prompt tokens taken from the local prefix cache at first. `num_recomputed_tokens`: tokens computed a second time
+    after preemption.
     """
 
     num_cached_tokens: int

@@ -4,22 +4,22 @@ Life of one attempt, all calls on the engine thread:
 
 1. `lookup` - the engine has matched its own prefix cache and asks whether the source will bring the rest.
 2. `begin` - the engine parks the sequence (AWAITING_KV), holding nothing.
-3. `poll` returns `KVReady`: bytes exist. The engine leases every block of the prompt, all or nothing, and calls `grant`;
-   while it cannot, the sequence waits with nothing held.
+3. `poll` returns `KVReady`: bytes exist. The engine leases every block of the prompt, all or nothing, and calls
+   `grant`; while it cannot, the sequence waits with nothing held.
 4. `poll` returns `KVLanded` as verified tokens become contiguous; the last one ends the attempt.
    `KVFirstToken` may come at any time after `begin`: a token that is known (and already on its way to the client).
 5. Or `poll` returns `KVFailed`: the engine keeps what landed, asks `lookup` again (which may offer another attempt or
    nothing, then the rest is computed here), and quarantines the leased blocks that had not landed.
    Or the engine calls `abandon`, because the request is gone; the leased blocks that had not landed are quarantined.
-6. `KVQuiesced` - nothing touches the attempt's blocks any more; quarantined ones become free. Sent once for every attempt
-   that was granted and did not land completely.
+6. `KVQuiesced` - nothing touches the attempt's blocks any more; quarantined ones become free. Sent once for every
+   attempt that was granted and did not land completely.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
-from engine.request import FinishReason, Request, RequestId, SampledToken
+from engine.request import FinishReason, Request, SampledToken
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
 from staffetta.hashing import BlockHash

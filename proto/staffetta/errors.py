@@ -139,7 +139,7 @@ class HandoffFailedError(UnavailableError):
 
 
 class TransportError(UnavailableError):
-    """A transport could not bring the blocks: no connection, a broken one, or a refused ticket. The pool is unharmed."""
+    """A transport could not bring the blocks: no connection, a broken one, a refused ticket. The pool is unharmed."""
 
     reason = "TRANSPORT_FAILED"
 
