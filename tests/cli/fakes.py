@@ -1,8 +1,8 @@
 """Stand-ins for gateway and workers that start in milliseconds, for the promises of the command and its supervisor.
 
 A worker does what its failpoints say: `exit-N` ends with code N at once, `ignore-term` outlives SIGTERM.
-The gateway lists the workers that serve names and answers every prompt with `the answer`; a prompt that says `slow`
-makes it ignore SIGTERM until killed, as one that never finishes its requests would.
+The gateway lists one worker of each role, or nobody when the served name is `nobody`, and answers every prompt with
+`the answer`; a prompt that says `slow` makes it ignore SIGTERM, as one that never finishes its requests would.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ async def _serve_gateway(config: GatewayConfig) -> int:
     stop = asyncio.Event()
     servicer = FakeInference()  # type: ignore[abstract]  # the other calls are not made
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None if servicer.is_stuck else stop.set())
-    registry = FakeRegistry()  # type: ignore[abstract]  # as above
+    registry = FakeRegistry(() if config.served_model_name == "nobody" else ("decode-0", "prefill-0"))  # type: ignore[abstract]  # as above
     server = RpcServer(())
     registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
@@ -55,12 +55,15 @@ async def _serve_gateway(config: GatewayConfig) -> int:
 
 
 class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
-    """Lists one worker of each role."""
+    """Lists one worker of each role, or nobody."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
 
     async def ListWorkers(  # noqa: N802 (the wire's name)
         self, request: registry_pb2.ListWorkersRequest, context: Any
     ) -> registry_pb2.ListWorkersResponse:
-        return registry_pb2.ListWorkersResponse(workers=[make_worker("decode-0"), make_worker("prefill-0")])
+        return registry_pb2.ListWorkersResponse(workers=[make_worker(name) for name in self._names])
 
 
 class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
