@@ -17,9 +17,10 @@ def check_pair(ours: common_pb2.WorkerIdentity, theirs: common_pb2.WorkerIdentit
     """Raises IncompatiblePeerError naming the first field that differs and both values."""
     for field, here, there in (
         ("model_digest", ours.model_digest, theirs.model_digest),
-        ("numerics_digest", ours.numerics_digest, theirs.numerics_digest),
+        # What an operator can read comes before what only machines can: another dtype changes all that follow.
         ("layout", _describe(ours.layout), _describe(theirs.layout)),
         ("layout_id", ours.layout.layout_id, theirs.layout.layout_id),
+        ("numerics_digest", ours.numerics_digest, theirs.numerics_digest),
     ):
         if here != there:
             raise IncompatiblePeerError(

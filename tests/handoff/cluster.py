@@ -15,6 +15,7 @@ import grpc.aio
 
 from decode_svc.main import DecodeService
 from engine.engine import EngineCounts
+from kvtransfer.loopback import LoopbackExporter, LoopbackFaults
 from prefill_svc.main import PrefillService
 from staffetta.config.schema import DecodeConfig, PrefillConfig
 from staffetta.rpc.channel import open_channel
@@ -59,6 +60,12 @@ class RunningWorker:
 
     async def check_integrity(self) -> None:
         await asyncio.wrap_future(self.host.rank.engine_thread.call(lambda engine: engine.check_integrity()))
+
+    @property
+    def faults(self) -> LoopbackFaults:
+        """What goes wrong with reads from a prefill worker whose one transport is loopback."""
+        (exporter,) = cast(PrefillService, self.service)._exporters
+        return cast(LoopbackExporter, exporter).faults
 
     def handoffs(self) -> dict[tuple[str, str], int]:
         return {(count.state, count.outcome): count.count for count in self.service.handoff_counts()}
@@ -206,9 +213,8 @@ class Client:
         first, *rest = prompt_parts(prompt)
         start = decode_pb2.StartRequest(
             request_id=answer.request_id,
-            num_prompt_tokens=len(prompt),
             token_ids=first,
-            **{"credit": 1000, "sampling": sampling} | fields,
+            **{"num_prompt_tokens": len(prompt), "credit": 1000, "sampling": sampling} | fields,
         )
         self.send(start=start)
         for part in rest:
@@ -232,6 +238,10 @@ class Client:
                         self.answers[event.request_id].take(event)
 
 
+def _make_heartbeat() -> decode_pb2.DecodeSessionRequest:
+    return decode_pb2.DecodeSessionRequest(heartbeat=common_pb2.Heartbeat())
+
+
 @asynccontextmanager
 async def client_of(decode: RunningWorker) -> AsyncIterator[Client]:
     """A client with an open session."""
@@ -245,8 +255,7 @@ async def client_of(decode: RunningWorker) -> AsyncIterator[Client]:
             )
         )
         opened: asyncio.Future[decode_pb2.DecodeSessionOpened] = asyncio.get_running_loop().create_future()
-        heartbeat = decode_pb2.DecodeSessionRequest
-        running = asyncio.create_task(client.pipe.run(client.consume(opened), make_heartbeat=heartbeat))
+        running = asyncio.create_task(client.pipe.run(client.consume(opened), make_heartbeat=_make_heartbeat))
         waiting: set[Awaitable[Any]] = {running, opened}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
         try:

@@ -1,6 +1,6 @@
 """A server process for tests: prints its port; whoever opens a prefill session gets a heartbeat every interval.
 
-    python -m tests.rpc.silent_server HEARTBEAT_S
+python -m tests.rpc.silent_server HEARTBEAT_S
 """
 
 import asyncio

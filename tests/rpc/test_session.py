@@ -55,7 +55,9 @@ async def receive_all(pipe: Pipe) -> None:
 
 
 @asynccontextmanager
-async def running(pipe: Pipe, consume: Callable[[], Awaitable[None]] | None = None) -> AsyncIterator[asyncio.Task[None]]:
+async def running(
+    pipe: Pipe, consume: Callable[[], Awaitable[None]] | None = None
+) -> AsyncIterator[asyncio.Task[None]]:
     async def consume_all() -> None:
         await (receive_all(pipe) if consume is None else consume())
 

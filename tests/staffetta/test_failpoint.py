@@ -65,7 +65,17 @@ def test_arming_replaces_what_was_armed() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "name", "name:raise", "name:raise:", ":raise:1", "name:explode:1", "name:raise:0", "name:raise:-1", "n:kill:x"],
+    [
+        "",
+        "name",
+        "name:raise",
+        "name:raise:",
+        ":raise:1",
+        "name:explode:1",
+        "name:raise:0",
+        "name:raise:-1",
+        "n:kill:x",
+    ],
 )
 def test_a_spec_that_is_none_is_refused_and_arms_nothing(spec: str) -> None:
     failpoint.arm(("before:raise:1",))
