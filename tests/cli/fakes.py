@@ -1,14 +1,16 @@
 """Stand-ins for gateway and workers that start in milliseconds, for the promises of the command and its supervisor.
 
 A worker does what its failpoints say: `exit-N` ends with code N at once, `ignore-term` outlives SIGTERM.
-The gateway lists one worker of each role, or nobody when the served name is `nobody`, and answers every prompt with
-`the answer`; a prompt that says `slow` makes it ignore SIGTERM, as one that never finishes its requests would.
+The gateway lists the workers that serve and answers every prompt with `the answer`; a prompt that says `slow` makes it
+ignore SIGTERM, as one that never finishes its requests would.
 """
 
 import asyncio
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -26,6 +28,7 @@ def worker_main(config: PrefillConfig | DecodeConfig) -> int:
             return int(failpoint.removeprefix("exit-"))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     print("serving", config.worker_id, file=sys.stderr, flush=True)
+    (Path(config.shm_dir) / config.worker_id).touch()
     while True:
         signal.sigwait({signal.SIGTERM})
         print("told to end", file=sys.stderr, flush=True)
@@ -42,7 +45,7 @@ async def _serve_gateway(config: GatewayConfig) -> int:
     stop = asyncio.Event()
     servicer = FakeInference()  # type: ignore[abstract]  # the other calls are not made
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None if servicer.is_stuck else stop.set())
-    registry = FakeRegistry(() if config.served_model_name == "nobody" else ("decode-0", "prefill-0"))  # type: ignore[abstract]  # as above
+    registry = FakeRegistry()  # type: ignore[abstract]  # as above
     server = RpcServer(())
     registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.grpc)
@@ -55,15 +58,17 @@ async def _serve_gateway(config: GatewayConfig) -> int:
 
 
 class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
-    """Lists one worker of each role, or nobody."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = names
+    """Lists the workers that have left a file with their name in the private directory."""
 
     async def ListWorkers(  # noqa: N802 (the wire's name)
         self, request: registry_pb2.ListWorkersRequest, context: Any
     ) -> registry_pb2.ListWorkersResponse:
-        return registry_pb2.ListWorkersResponse(workers=[make_worker(name) for name in self._names])
+        return registry_pb2.ListWorkersResponse(workers=[make_worker(name) for name in find_serving()])
+
+
+def find_serving() -> list[str]:
+    """The names that workers have left in the private directory."""
+    return sorted(path.name for path in Path(tempfile.gettempdir()).glob("staffetta-*/*-[0-9]"))
 
 
 class FakeInference(inference_pb2_grpc.InferenceServiceServicer):

@@ -146,16 +146,14 @@ def test_once_prints_nothing_but_the_answer(temporary: Path) -> None:
 
 @pytest.mark.parametrize("code", [3, 5])
 def test_a_workers_lasting_failure_is_serves_own(temporary: Path, code: int) -> None:
-    with running_serve(
-        "--served-model-name", "nobody", "--decode-failpoints", f"exit-{code}", temporary=temporary
-    ) as serve:
+    with running_serve("--decode-failpoints", f"exit-{code}", temporary=temporary) as serve:
         serve.wait_for_line(f"error[CHILD_ENDED]: decode-0 ended by exit code {code}, and would again")
         serve.wait_for_line("its last line: error[FAKE]: as told")
         assert serve.wait_for_end() == code
 
 
 def test_a_worker_that_never_starts_is_given_up_after_three_attempts(temporary: Path) -> None:
-    with running_serve("--served-model-name", "nobody", "--decode-failpoints", "exit-1", temporary=temporary) as serve:
+    with running_serve("--decode-failpoints", "exit-1", temporary=temporary) as serve:
         serve.wait_for_line("error[CHILD_ENDED]: decode-0 ended by exit code 1")
         assert serve.wait_for_end() == 1
         assert serve.lines.count("decode-0  │ error[FAKE]: as told") == 3
