@@ -141,7 +141,8 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
                 case "append_prompt":
                     self.prompts[message.append_prompt.request_id].extend(message.append_prompt.token_ids)
                 case "grant":
-                    self.credit[message.grant.request_id] += message.grant.tokens
+                    if message.grant.request_id in self.credit:
+                        self.credit[message.grant.request_id] += message.grant.tokens
                     self._granted.set()
                 case "cancel":
                     self.cancels.put_nowait(message.cancel.request_id)
