@@ -23,6 +23,7 @@ import httpx
 from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.cluster import Cluster, Load, is_idle
+from tests.e2e.loop import run
 from tests.e2e.prompts import Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient, greedy
 from tests.e2e.waiting import wait_until
@@ -165,13 +166,14 @@ def footprints(cluster: Cluster) -> dict[str, Footprint]:
     return found | {"gateway": Footprint(0, gateway.num_threads(), gateway.num_fds())}
 
 
-def excess(before: dict[str, Footprint], now: dict[str, Footprint]) -> list[str]:
-    """What any process holds more of than before."""
+def excess(before: dict[str, Footprint], now: dict[str, Footprint], *, spare_threads: int = 0) -> list[str]:
+    """What any process holds more of than before; of threads, `spare_threads` more are no excess."""
+    spare = {"num_tasks": 0, "num_threads": spare_threads, "num_descriptors": 0}
     return [
         f"{name}: {getattr(now[name], field)} {field.removeprefix('num_')}, {getattr(old, field)} before"
         for name, old in before.items()
-        for field in ("num_tasks", "num_threads", "num_descriptors")
-        if getattr(now[name], field) > getattr(old, field)
+        for field in spare
+        if getattr(now[name], field) > getattr(old, field) + spare[field]
     ]
 
 
@@ -200,22 +202,22 @@ class Findings:
     memory: dict[str, list[tuple[int, float]]]
     elapsed_s: float
 
-    def failures(self) -> list[str]:
-        """Everything that is held although nobody is there any more."""
+    def failures(self, *, spare_threads: int = 0) -> list[str]:
+        """Everything that is held although nobody is there any more; `spare_threads` as for `excess`."""
         found = [f"{name} still holds something: {load}" for name, load in self.end.items() if not is_idle(load)]
         found += [
             f"{name}: {available(load)} blocks are free or cached, {available(self.start[name])} were"
             for name, load in self.end.items()
             if available(load) != available(self.start[name])
         ]
-        return found + excess(self.before, self.after)
+        return found + excess(self.before, self.after, spare_threads=spare_threads)
 
 
 def measure(cluster: Cluster, *, count: int, seed: int) -> Findings:
     """Warms up, gives `count` requests up, and looks at what is left."""
     prompts = token_prompts(_NUM_PROMPTS, seed=seed, min_tokens=8, max_tokens=320)
     start = cluster.wait_until_idle()
-    asyncio.run(abandon_all(cluster, prompts, count=min(_WARM_UP, count), seed=-seed))
+    run(abandon_all(cluster, prompts, count=min(_WARM_UP, count), seed=-seed))
     cluster.wait_until_idle()
     before = footprints(cluster)
     phases: Counter[str] = Counter()
@@ -223,7 +225,7 @@ def measure(cluster: Cluster, *, count: int, seed: int) -> Findings:
     started = time.monotonic()
     for number in range(_NUM_ROUNDS):
         share = count // _NUM_ROUNDS + (number < count % _NUM_ROUNDS)
-        phases += asyncio.run(abandon_all(cluster, prompts, count=share, seed=seed * 1000 + number))
+        phases += run(abandon_all(cluster, prompts, count=share, seed=seed * 1000 + number))
         for name, megabytes in memory_mb(cluster).items():
             memory.setdefault(name, []).append((phases.total(), megabytes))
     elapsed_s = time.monotonic() - started

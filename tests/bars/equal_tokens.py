@@ -5,7 +5,6 @@ does everything, one request at a time and eight at a time. One at a time, not a
 either; in a batch the reference kernels' sums have another order, so there the bits are shown, not demanded.
 """
 
-import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster
+from tests.e2e.loop import run
 from tests.e2e.prompts import MAX_PROMPT_TOKENS, Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient, greedy
 
@@ -69,12 +69,12 @@ def main(argv: Sequence[str]) -> int:
     prompts = token_prompts(size.count, seed=size.seed, min_tokens=1, max_tokens=MAX_PROMPT_TOKENS)
     with Cluster(*SINGLE, NO_CACHE) as single:
         print(single.command)
-        expected = asyncio.run(generate_all(single, prompts, num_at_once=1))
-        own = Comparison(asyncio.run(generate_all(single, prompts, num_at_once=_NUM_AT_ONCE)), expected)
+        expected = run(generate_all(single, prompts, num_at_once=1))
+        own = Comparison(run(generate_all(single, prompts, num_at_once=_NUM_AT_ONCE)), expected)
     with Cluster(*RELAY, NO_CACHE) as relay:
         print(relay.command)
         compared = {
-            num_at_once: Comparison(asyncio.run(generate_all(relay, prompts, num_at_once=num_at_once)), expected)
+            num_at_once: Comparison(run(generate_all(relay, prompts, num_at_once=num_at_once)), expected)
             for num_at_once in (1, _NUM_AT_ONCE)
         }
     rows: list[list[object]] = [

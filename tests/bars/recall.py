@@ -6,7 +6,6 @@ prompt's full blocks over the transport that was demanded. The control zeroes pu
 10 %, or the first figure says nothing about the hand-off.
 """
 
-import asyncio
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster, block_bytes
+from tests.e2e.loop import run
 from tests.e2e.prompts import recall_prompts
 from tests.e2e.reflected import ReflectedClient
 from tests.e2e.rest import chat, chat_streamed, open_rest
@@ -102,7 +102,7 @@ def measure(transport: str, samples: Sequence[RecallSample], *flags: str) -> Rec
     with Cluster(*FLAGS, "--transports", transport, *flags) as cluster:
         layout = next(iter(cluster.workers().values())).announcement.identity.layout
         recall = Recall(transport, cluster.command, layout.groups[0].block_size, block_bytes(layout))
-        recall.asked = asyncio.run(ask_all(cluster, samples))
+        recall.asked = run(ask_all(cluster, samples))
     return recall
 
 

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import grpc.aio
 import psutil
@@ -23,6 +23,7 @@ from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, spread, verdict
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster
+from tests.e2e.loop import run
 from tests.e2e.prompts import Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient
 
@@ -92,7 +93,7 @@ def flags(fault: Fault) -> tuple[str, ...]:
     return (*shape, "--transports", fault.transport, *spoilt)
 
 
-def fields_of(prompt: Prompt) -> dict[str, object]:
+def fields_of(prompt: Prompt) -> dict[str, Any]:
     """A request for tokens after `prompt`: every second one greedy, the others drawn with the prompt's own seed."""
     temperature = 0.0 if prompt.seed % 2 else 1.0
     sampling = {"temperature": temperature, "seed": prompt.seed, "max_tokens": _MAX_TOKENS, "ignore_eos": True}
@@ -107,7 +108,7 @@ def undisturbed(prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
             return await run_all(prompts, lambda prompt: client.generate(**fields_of(prompt)), num_at_once=1)
 
     with Cluster("--prefill", "0", "--decode", "1", "--threads", "1", "--max-batch-tokens", "64") as cluster:
-        return [answer.token_ids for answer in asyncio.run(generate_all(cluster))]
+        return [answer.token_ids for answer in run(generate_all(cluster))]
 
 
 async def endure(
@@ -184,7 +185,7 @@ def measure(
     """Endures one fault in a system of its own, which must be whole and idle in the end."""
     with Cluster(*flags(fault)) as cluster:
         print(cluster.command, flush=True)
-        toll = asyncio.run(endure(cluster, fault, prompts, expected, num_kills=num_kills, seed=seed))
+        toll = run(endure(cluster, fault, prompts, expected, num_kills=num_kills, seed=seed))
         cluster.wait_until_linked()
         cluster.wait_until_idle()
     return toll
