@@ -157,7 +157,7 @@ def _listen(address: str) -> socket.socket:
 def _taken(address: str, flag: str) -> PortError:
     host = address.rpartition(":")[0]
     return PortError(
-        "ADDRESS_TAKEN",
+        "PORT_IN_USE",
         f"cannot listen on {address}",
         why="another process listens there, or the address is not this machine's",
         fix=f"--{flag} {host}:0",

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import uvloop
 
@@ -18,9 +17,6 @@ from gateway.app import Gateway, GatewayReady
 from gateway.model import load_model
 from staffetta.config.schema import GatewayConfig
 from staffetta.rpc import logging as rpc_logging
-
-DRAIN_S: Final = 10.0
-"""How long requests under way may take to end after the first signal."""
 
 log = logging.getLogger(__name__)
 
@@ -45,15 +41,15 @@ async def serve(config: GatewayConfig, *, on_ready: Callable[[GatewayReady], Non
         try:
             if on_ready is not None:
                 on_ready(ready)
-            log.info("%s: draining for up to %g s", await signals.get(), DRAIN_S)
-            await _drain(gateway, signals)
+            log.info("%s: draining for up to %g s", await signals.get(), config.drain_s)
+            await _drain(gateway, signals, timeout_s=config.drain_s)
         finally:
             await gateway.close()
 
 
-async def _drain(gateway: Gateway, signals: "asyncio.Queue[str]") -> None:
+async def _drain(gateway: Gateway, signals: "asyncio.Queue[str]", *, timeout_s: float) -> None:
     """Waits for requests under way, until they have ended, the time is up, or a second signal comes."""
-    drain = asyncio.create_task(gateway.drain(timeout_s=DRAIN_S), name="drain")
+    drain = asyncio.create_task(gateway.drain(timeout_s=timeout_s), name="drain")
     second = asyncio.create_task(signals.get(), name="second-signal")
     await asyncio.wait((drain, second), return_when=asyncio.FIRST_COMPLETED)
     for task in (drain, second):
