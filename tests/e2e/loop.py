@@ -1,4 +1,4 @@
-"""One event loop for all tests of this process: gRPC's poller remembers every loop it served, and misses closed ones."""
+"""One event loop for all tests of a process: gRPC's poller remembers every loop it served, and misses closed ones."""
 
 import asyncio
 import atexit

@@ -27,9 +27,14 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def completion(cluster: Cluster, **parameters: Any) -> Any:
+@pytest.fixture(scope="module")
+def rest(cluster: Cluster) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"http://{cluster.http}/v1", api_key="unused", max_retries=0) as client:
-        return client.completions.create(model="demo", **parameters)
+        yield client
+
+
+def complete(rest: openai.OpenAI, **parameters: Any) -> Any:
+    return rest.completions.create(model="demo", **parameters)
 
 
 def generate(cluster: Cluster, **fields: Any) -> Any:
@@ -55,10 +60,12 @@ def test_a_chat_has_the_same_answer_whole_streamed_and_over_grpc(cluster: Cluste
     assert whole[1] == len(open_tokenizer().encode(QUESTION).ids) + 4  # <|bos|> <|user|> … <|end|> <|assistant|>
 
 
-def test_a_completion_of_token_ids_has_the_same_tokens_over_rest_and_grpc(cluster: Cluster) -> None:
+def test_a_completion_of_token_ids_has_the_same_tokens_over_rest_and_grpc(
+    cluster: Cluster, rest: openai.OpenAI
+) -> None:
     over_grpc = generate(cluster, tokens={"token_ids": TOKEN_IDS}, sampling=greedy(9))
-    answer = completion(
-        cluster,
+    answer = complete(
+        rest,
         prompt=list(TOKEN_IDS),
         max_tokens=9,
         temperature=0,
@@ -69,56 +76,55 @@ def test_a_completion_of_token_ids_has_the_same_tokens_over_rest_and_grpc(cluste
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (100, 9)
 
 
-def test_a_streamed_completion_adds_up_to_the_whole_one(cluster: Cluster) -> None:
-    whole = completion(cluster, prompt=QUESTION, max_tokens=9, temperature=0)
-    chunks = list(completion(cluster, prompt=QUESTION, max_tokens=9, temperature=0, stream=True))
+def test_a_streamed_completion_adds_up_to_the_whole_one(rest: openai.OpenAI) -> None:
+    whole = complete(rest, prompt=QUESTION, max_tokens=9, temperature=0)
+    chunks = list(complete(rest, prompt=QUESTION, max_tokens=9, temperature=0, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
-def test_a_stop_string_cuts_the_text_before_it(cluster: Cluster) -> None:
-    uncut = completion(cluster, prompt=list(TOKEN_IDS), max_tokens=12, temperature=0, extra_body={"ignore_eos": True})
+def test_a_stop_string_cuts_the_text_before_it(rest: openai.OpenAI) -> None:
+    uncut = complete(rest, prompt=list(TOKEN_IDS), max_tokens=12, temperature=0, extra_body={"ignore_eos": True})
     text = uncut.choices[0].text
     stop = text[4:6]
-    cut = completion(
-        cluster, prompt=list(TOKEN_IDS), max_tokens=12, temperature=0, stop=[stop], extra_body={"ignore_eos": True}
+    cut = complete(
+        rest, prompt=list(TOKEN_IDS), max_tokens=12, temperature=0, stop=[stop], extra_body={"ignore_eos": True}
     )
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
     assert cut.staffetta["stop_string"] == stop
 
 
-def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(cluster: Cluster) -> None:
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(rest: openai.OpenAI) -> None:
     def draw(seed: int) -> Any:
         body = {"ignore_eos": True, "return_token_ids": True}
-        return completion(cluster, prompt=list(TOKEN_IDS), max_tokens=16, temperature=2, seed=seed, extra_body=body)
+        return complete(rest, prompt=list(TOKEN_IDS), max_tokens=16, temperature=2, seed=seed, extra_body=body)
 
     first, again, other = draw(11), draw(11), draw(12)
     assert first.choices[0].token_ids == again.choices[0].token_ids != other.choices[0].token_ids
     assert first.staffetta["seed"] == 11
 
 
-def test_an_unseeded_request_is_told_its_seed_and_that_seed_repeats_it(cluster: Cluster) -> None:
+def test_an_unseeded_request_is_told_its_seed_and_that_seed_repeats_it(rest: openai.OpenAI) -> None:
     def draw(**seed: int) -> Any:
         body = {"ignore_eos": True, "return_token_ids": True}
-        return completion(cluster, prompt=list(TOKEN_IDS), max_tokens=12, temperature=1, extra_body=body, **seed)
+        return complete(rest, prompt=list(TOKEN_IDS), max_tokens=12, temperature=1, extra_body=body, **seed)
 
     unseeded = draw()
     repeated = draw(seed=unseeded.staffetta["seed"])
     assert repeated.choices[0].token_ids == unseeded.choices[0].token_ids
 
 
-def test_logprobs_name_the_chosen_token_first_when_greedy(cluster: Cluster) -> None:
-    with openai.OpenAI(base_url=f"http://{cluster.http}/v1", api_key="unused", max_retries=0) as client:
-        answer = client.chat.completions.create(
-            model="demo",
-            messages=[{"role": "user", "content": QUESTION}],
-            temperature=0,
-            max_tokens=4,
-            logprobs=True,
-            top_logprobs=3,
-            extra_body={"ignore_eos": True},
-        )
+def test_logprobs_name_the_chosen_token_first_when_greedy(rest: openai.OpenAI) -> None:
+    answer = rest.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": QUESTION}],
+        temperature=0,
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=3,
+        extra_body={"ignore_eos": True},
+    )
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None and logprobs.content is not None and len(logprobs.content) == 4
     for entry in logprobs.content:
@@ -127,13 +133,12 @@ def test_logprobs_name_the_chosen_token_first_when_greedy(cluster: Cluster) -> N
         assert 0 >= entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob >= entry.top_logprobs[2].logprob
 
 
-def test_mistakes_have_the_exceptions_of_the_openai_package(cluster: Cluster) -> None:
-    with openai.OpenAI(base_url=f"http://{cluster.http}/v1", api_key="unused", max_retries=0) as client:
-        with pytest.raises(openai.NotFoundError) as unknown:
-            client.completions.create(model="other", prompt="hello")
-        with pytest.raises(openai.BadRequestError) as too_long:
-            client.completions.create(model="demo", prompt=[9] * 2048, max_tokens=1)
-        assert [model.id for model in client.models.list()] == ["demo"]
+def test_mistakes_have_the_exceptions_of_the_openai_package(rest: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        rest.completions.create(model="other", prompt="hello")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        rest.completions.create(model="demo", prompt=[9] * 2048, max_tokens=1)
+    assert [model.id for model in rest.models.list()] == ["demo"]
     assert unknown.value.code == "model_not_found"
     assert too_long.value.code == "context_length_exceeded"
 
@@ -214,7 +219,8 @@ def test_a_dropped_rest_connection_frees_its_blocks_within_a_second(cluster: Clu
         httpx.Client() as client,
         client.stream("POST", f"http://{cluster.http}/v1/completions", json=body) as response,
     ):
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         wait_until_held(cluster)
     cluster.wait_until_idle(timeout_s=1.0)
 

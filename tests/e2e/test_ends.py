@@ -1,7 +1,9 @@
 """How `serve` ends: Ctrl-C lets requests finish, a second one does not, and even SIGKILL leaves no process behind."""
 
 import asyncio
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import grpc.aio
@@ -71,3 +73,11 @@ def test_killing_the_supervisor_kills_everything_it_started(cluster: Cluster) ->
     cluster.process.kill()
     assert cluster.process.wait(END_S) == -signal.SIGKILL
     assert cluster.survivors() == []
+
+
+def test_a_process_that_is_left_behind_is_found() -> None:
+    """The guard of all tests here, which would otherwise pass whatever is left."""
+    with pytest.raises(AssertionError, match=r"left behind by .*sleep \(pid"), Cluster("--prefill", "0") as alone:
+        marked = {**os.environ, "TMPDIR": alone.processes()["gateway"].environ()["TMPDIR"]}
+        stray = subprocess.Popen(["sleep", "60"], env=marked)
+    assert stray.wait(END_S) == -signal.SIGKILL
