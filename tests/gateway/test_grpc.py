@@ -42,10 +42,11 @@ class Reflected:
 async def reflect(it: Running, channel: grpc.aio.Channel) -> Reflected:
     """Fetches every file that the service's description needs."""
     pool = descriptor_pool.DescriptorPool()
-    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[arg-type]
 
     async def ask(**query: str) -> list[descriptor_pb2.FileDescriptorProto]:
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(**query)]))
+        request = reflection_pb2.ServerReflectionRequest(**query)  # type: ignore[arg-type]
+        call = stub.ServerReflectionInfo(iter([request]))  # type: ignore[operator]
         return [
             descriptor_pb2.FileDescriptorProto.FromString(data)
             async for answer in call
@@ -56,7 +57,7 @@ async def reflect(it: Running, channel: grpc.aio.Channel) -> Reflected:
         for file in files:
             for name in file.dependency:
                 await add(await ask(file_by_filename=name))
-            pool.Add(file)  # type: ignore[attr-defined]
+            pool.Add(file)
 
     await add(await ask(file_containing_symbol=SERVICE))
     return Reflected(channel, pool)
@@ -190,7 +191,7 @@ async def test_a_deadline_that_passes_is_answered_with_the_phase() -> None:
 @asynchronous
 async def test_health_follows_readiness() -> None:
     async with running(has_worker=False) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
 
         async def status(service: str) -> int:
             answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))

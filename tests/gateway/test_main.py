@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ from gateway.app import Gateway
 from gateway.model import load_model
 from staffetta.config.schema import GatewayConfig
 from staffetta.exits import ModelNotFoundError, PortError, UsageError
-from tests.gateway.running import asynchronous, demo_model
+from tests.gateway.running import CONFIG, asynchronous, demo_model
 
 PROGRAM = """
 import json, sys
@@ -92,7 +93,7 @@ def test_a_taken_port_is_the_operators_error_with_a_fix() -> None:
 
         for field in ("http", "grpc"):
             with pytest.raises(PortError) as refusal:
-                start_on(GatewayConfig(**({"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"} | {field: address})))
+                start_on(replace(CONFIG, **{field: address}))  # type: ignore[arg-type]
             assert refusal.value.fix == f"--{field} 127.0.0.1:0"
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from staffetta.v1 import common_pb2
 from tests.gateway.running import Running, asynchronous, ids_of, running
 
-HI: list[dict[str, str]] = [{"role": "user", "content": "hi"}]
+HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
 TEXT = "Hello w\N{LATIN SMALL LETTER O WITH DIAERESIS}rld"
@@ -31,7 +32,7 @@ def events_of(body: str) -> list[Any]:
 @asynchronous
 async def test_the_real_client_reads_a_chat_answer() -> None:
     async with running(reply=ids_of(TEXT)) as it, client_of(it) as client:
-        answer = await client.chat.completions.create(model="demo", messages=HI)  # type: ignore[arg-type]
+        answer = await client.chat.completions.create(model="demo", messages=HI)
     assert answer.choices[0].message.content == TEXT
     assert answer.choices[0].finish_reason == "stop"
     assert answer.id.startswith("chatcmpl-")
@@ -47,7 +48,7 @@ async def test_the_real_client_streams_a_chat_with_usage_at_the_end() -> None:
     async with running(reply=ids_of(TEXT)) as it, client_of(it) as client:
         stream = await client.chat.completions.create(
             model="demo",
-            messages=HI,  # type: ignore[arg-type]
+            messages=HI,
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -204,7 +205,7 @@ async def test_chat_logprobs_have_the_clients_shape() -> None:
     async with running(reply=ids_of("ab")[:1]) as it, client_of(it) as client:
         answer = await client.chat.completions.create(
             model="demo",
-            messages=HI,  # type: ignore[arg-type]
+            messages=HI,
             logprobs=True,
             top_logprobs=2,
         )

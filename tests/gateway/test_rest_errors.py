@@ -3,6 +3,7 @@ silence."""
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 
 import openai
 import pytest
@@ -154,7 +155,7 @@ async def test_http_mistakes_have_the_same_body() -> None:
     async with running(max_body_bytes=1000) as it:
         big = json.dumps({"prompt": "x" * 2000}).encode()
 
-        async def in_pieces():  # type: ignore[no-untyped-def]
+        async def in_pieces() -> AsyncIterator[bytes]:
             for at in range(0, len(big), 100):
                 yield big[at : at + 100]
 
@@ -234,6 +235,20 @@ async def test_a_defect_reveals_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert response.status_code == 500
     assert "secret" not in response.text
     assert response.json()["error"]["type"] == "server_error"
+
+
+@asynchronous
+async def test_a_defect_in_mid_stream_reveals_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> str:
+        raise RuntimeError("/etc/secret at 10.0.0.1")
+
+    monkeypatch.setattr("gateway.output.Output.flush", fail)
+    async with running(reply=ids_of("a")) as it:
+        response = await it.http.post(CHAT, json={"messages": HI, "stream": True})
+        assert it.num_in_flight() == 0
+    last = response.text.rstrip().rpartition("data: ")[2]
+    assert json.loads(last)["error"]["type"] == "server_error"
+    assert "secret" not in response.text
 
 
 @asynchronous
