@@ -22,6 +22,7 @@ from staffetta.rpc.channel import open_channel
 from staffetta.rpc.server import RpcServer
 from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc
+from tests.rpc.in_loop import until
 from worker.codec import prompt_parts
 from worker.lifecycle import Service, Worker
 from worker.rank import Rank, load_rank
@@ -110,21 +111,19 @@ async def decode_worker(*peers: RunningWorker, **settings: Any) -> AsyncIterator
 
 async def until_linked(decode: RunningWorker, num_links: int) -> None:
     """Waits until the decode worker has exactly that many working sessions."""
-    while len(decode.service.links()) != num_links:
-        await asyncio.sleep(0.005)
+    await until(lambda: len(decode.service.links()) == num_links)
 
 
 async def until_counts(worker: RunningWorker, holds: Callable[[EngineCounts], bool]) -> None:
     """Waits until the engine's counts satisfy `holds`; the test's own limit bounds it."""
-    while not holds(await worker.counts()):
+    while not holds(await worker.counts()):  # noqa: ASYNC110 (what is waited for has no event)
         await asyncio.sleep(0.005)
 
 
 async def until_idle(*workers: RunningWorker) -> None:
     """Waits until no request and no block is held anywhere, then checks everybody's books."""
     for worker in workers:
-        while worker.service.num_requests():
-            await asyncio.sleep(0.002)
+        await until(lambda: worker.service.num_requests() == 0)  # noqa: B023 (called in this turn of the loop)
         await until_counts(worker, lambda counts: counts.held_blocks == counts.quarantined_blocks == 0)
         counts = await worker.counts()
         assert counts.free_blocks + counts.cached_blocks == counts.total_blocks
@@ -213,8 +212,7 @@ class Client:
         first, *rest = prompt_parts(prompt)
         start = decode_pb2.StartRequest(
             request_id=answer.request_id,
-            token_ids=first,
-            **{"num_prompt_tokens": len(prompt), "credit": 1000, "sampling": sampling} | fields,
+            **{"token_ids": first, "num_prompt_tokens": len(prompt), "credit": 1000, "sampling": sampling} | fields,
         )
         self.send(start=start)
         for part in rest:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -416,8 +417,7 @@ async def test_a_decode_worker_that_cannot_reach_the_shm_socket_uses_tcp(
 ) -> None:
     settings = {"transports": ("shm", "tcp"), "shm_dir": str(tmp_path)}
     async with prefill_worker(**settings) as prefill:
-        for socket in tmp_path.iterdir():
-            socket.unlink()
+        await asyncio.to_thread(shutil.rmtree, tmp_path)
         async with decode_worker(prefill, transports=("shm", "tcp")) as decode, client_of(decode) as client:
             assert (await client.ask(PROMPT)).handoff.transport == "tcp"
     assert "transport shm cannot be used" in caplog.text

@@ -33,5 +33,5 @@ def in_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Lets the loop run until `condition` holds; the test's own limit bounds it."""
-    while not condition():
-        await asyncio.sleep(0.002)
+    while not condition():  # noqa: ASYNC110 (what is waited for has no event)
+        await asyncio.sleep(0.001)

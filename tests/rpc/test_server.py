@@ -100,7 +100,7 @@ async def test_a_taken_port_is_an_error_and_not_a_second_listener() -> None:
 
 @in_loop
 async def test_an_address_that_is_not_ours_is_an_error() -> None:
-    with pytest.raises(BindError, match="cannot listen on 192.0.2.1:50051"):
+    with pytest.raises(BindError, match=r"cannot listen on 192\.0\.2\.1:50051"):
         await RpcServer([CONTROL]).start("192.0.2.1:50051")
 
 
