@@ -3,11 +3,12 @@
 import asyncio
 import logging
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from decode_svc import handoff as handoff_module
-from decode_svc.handoff import HandoffState
+from decode_svc.handoff import Handoff, HandoffState
 from engine.cache.source import AttemptId, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady
 from engine.request import FinishReason, SampledToken
 from kvtransfer.layout import BlockId
@@ -22,6 +23,11 @@ TOKEN = SampledToken(0, 42)
 
 async def landed(script: Script, num_tokens: int) -> None:
     await until(lambda: any(each.num_tokens == num_tokens for each in script.events(KVLanded)))
+
+
+def state_of(handoff: Handoff) -> HandoffState:
+    """Its state now: it changes in other turns of the loop."""
+    return handoff.state
 
 
 async def ended(script: Script) -> None:
@@ -152,7 +158,7 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "told"), BAD.values(), ids=BAD)
 def test_a_block_that_is_not_the_one_announced_never_lands(
-    change: dict[str, object], told: str, caplog: pytest.LogCaptureFixture
+    change: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     @in_loop
     async def run() -> None:
@@ -262,15 +268,15 @@ def test_blocks_are_quiet_only_when_their_read_has_ended(end: str) -> None:
         await script.settle()
         handoff = script.handoff()
         assert handoff is not None
-        assert handoff.state is HandoffState.PULLING
+        assert state_of(handoff) is HandoffState.PULLING
         getattr(script, end)()
         await script.settle()
-        assert handoff.state is HandoffState.QUARANTINED
+        assert state_of(handoff) is HandoffState.QUARANTINED
         assert script.events(KVQuiesced) == []
         assert script.pipe.commands() == ["start", "release"]  # the peer's blocks are free already
         script.release_reads()
         await ended(script)
-        assert handoff.state is HandoffState.FREED
+        assert state_of(handoff) is HandoffState.FREED
         assert script.kinds() == ["ready", *["failed"] * (end == "fail"), "quiesced"]
         assert script.pipe.failure is None
 

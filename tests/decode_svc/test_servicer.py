@@ -1,6 +1,7 @@
 """The decode worker's session: what a gateway may say, and what one request's mistake costs others."""
 
 import asyncio
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -92,7 +93,7 @@ async def test_a_gateway_that_is_silent_is_let_go() -> None:
         await until(lambda: decode.service.num_sessions() == 0)
 
 
-BAD_STARTS = {
+BAD_STARTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "id": ({"request_id": "not hexadecimal"}, "request_id", "INVALID_REQUEST"),
     "empty": ({"num_prompt_tokens": 0, "token_ids": []}, "prompt", "INVALID_REQUEST"),
     "vocabulary": ({"token_ids": [10**6], "num_prompt_tokens": 1}, "token_ids", "INVALID_REQUEST"),
@@ -107,7 +108,7 @@ async def test_a_request_that_cannot_be_served_fails_alone() -> None:
     async with decode_worker(**ALONE) as decode, client_of(decode) as client:
         good = client.start(make_prompt(20), max_tokens=30)
         for change, _, reason in BAD_STARTS.values():
-            fields = {"token_ids": make_prompt(10), "num_prompt_tokens": 10} | change
+            fields: dict[str, Any] = {"token_ids": make_prompt(10), "num_prompt_tokens": 10} | change
             answer = client.start((), **fields)
             await answer.ended()
             assert answer.failure.reason == reason

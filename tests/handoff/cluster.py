@@ -210,10 +210,9 @@ class Client:
             temperature=0, top_p=1, top_k=0, seed=1, max_tokens=max_tokens, ignore_eos=True
         )
         first, *rest = prompt_parts(prompt)
-        start = decode_pb2.StartRequest(
-            request_id=answer.request_id,
-            **{"token_ids": first, "num_prompt_tokens": len(prompt), "credit": 1000, "sampling": sampling} | fields,
-        )
+        values: dict[str, Any] = {"token_ids": first, "num_prompt_tokens": len(prompt), "credit": 1000}
+        values["sampling"] = sampling
+        start = decode_pb2.StartRequest(request_id=answer.request_id, **values | fields)
         self.send(start=start)
         for part in rest:
             self.send(append_prompt=decode_pb2.AppendPrompt(request_id=answer.request_id, token_ids=part))

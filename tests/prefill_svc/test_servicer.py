@@ -50,9 +50,10 @@ class Reader:
         self.opened = first.opened
 
     async def start(self, prompt: list[int], **fields: Any) -> str:
-        handoff_id = fields.pop("handoff_id", secrets.token_hex(16))
+        handoff_id: str = fields.pop("handoff_id", secrets.token_hex(16))
         sampling = common_pb2.SamplingParams(temperature=0, top_p=1, top_k=0, seed=1, max_tokens=4, ignore_eos=True)
-        values = {"num_prompt_tokens": len(prompt), "token_ids": prompt, "sampling": sampling, "lease_s": 30.0}
+        values: dict[str, Any] = {"num_prompt_tokens": len(prompt), "token_ids": prompt, "lease_s": 30.0}
+        values["sampling"] = sampling
         await self.send(start=prefill_pb2.StartPrefill(handoff_id=handoff_id, **values | fields))
         return handoff_id
 
@@ -60,10 +61,10 @@ class Reader:
         await self.send(release=prefill_pb2.ReleasePrefill(handoff_id=handoff_id))
 
     async def until(self, handoff_id: str, *kinds: str) -> list[prefill_pb2.PrefillEvent]:
-        """Reads until an event of each kind has come for the hand-off ("last" is its last chunk); returns its events."""
+        """Reads until an event of each kind has come for the hand-off ("last" is its last chunk); returns its."""
         while True:
             events = [event for event in self.events if event.handoff_id == handoff_id]
-            seen = {event.WhichOneof("event") for event in events}
+            seen: set[str | None] = {event.WhichOneof("event") for event in events}
             seen.update("last" for event in events if event.chunk_ready.is_last)
             if seen.issuperset(kinds):
                 return events
@@ -247,7 +248,7 @@ async def test_a_hand_off_started_twice_ends_the_session_and_frees_it() -> None:
         await until_idle(worker)
 
 
-BAD_STARTS = {
+BAD_STARTS: dict[str, dict[str, Any]] = {
     "id": {"handoff_id": "x"},
     "vocabulary": {"token_ids": [10**6] * 20},
     "held, not whole blocks": {"num_held_tokens": 8},

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -40,6 +40,11 @@ class FailingServicer(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.GetLoadRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> control_pb2.GetLoadResponse:
         await abort(context, ZeroDivisionError("/secret/path"))
+
+    async def Drain(  # noqa: N802
+        self, request: control_pb2.DrainRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[control_pb2.DrainResponse]:
+        yield control_pb2.DrainResponse(is_done=True)
 
 
 @asynccontextmanager
@@ -83,7 +88,7 @@ async def test_a_health_watch_hears_of_the_drain() -> None:
 @in_loop
 async def test_reflection_lists_the_services() -> None:
     async with serving() as (_, address), open_channel(address) as channel:
-        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast(Any, channel))
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         response = await call.read()
         names = [service.name for service in response.list_services_response.service]

@@ -1,0 +1,126 @@
+"""What crosses the wire comes back as it was."""
+
+from typing import TypeVar
+
+import pytest
+from google.protobuf.message import Message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.request import FinishReason, SampledToken
+from kvtransfer.layout import BlockId, KVGroup, KVLayout
+from kvtransfer.manifest import BlockEntry
+from kvtransfer.transport import TransportOffer
+from staffetta.rpc import session
+from staffetta.rpc.options import MAX_MESSAGE_BYTES
+from staffetta.v1 import common_pb2, decode_pb2, prefill_pb2
+from worker import codec
+
+M = TypeVar("M", bound=Message)
+
+uint32 = st.integers(0, 2**32 - 1)
+uint64 = st.integers(0, 2**64 - 1)
+float32 = st.floats(width=32, allow_nan=False)
+
+
+def over_the_wire(message: M) -> M:
+    return type(message).FromString(message.SerializeToString())
+
+
+@given(uint32, uint32, st.none() | float32, st.lists(st.tuples(uint32, float32), max_size=20))
+def test_a_token_comes_back_as_it_was(
+    index: int, token_id: int, logprob: float | None, alternatives: list[tuple[int, float]]
+) -> None:
+    token = SampledToken(index, token_id, logprob, tuple(alternatives))
+    assert codec.token_from_proto(over_the_wire(codec.token_to_proto(token))) == token
+
+
+def test_a_log_probability_of_zero_is_not_an_absent_one() -> None:
+    token = SampledToken(0, 0, 0.0)
+    assert codec.token_from_proto(over_the_wire(codec.token_to_proto(token))).logprob == 0.0
+    assert codec.token_from_proto(over_the_wire(codec.token_to_proto(SampledToken(0, 0)))).logprob is None
+
+
+@given(uint32, uint32, uint32, uint64, st.sampled_from([b"", bytes(16), b"\xff" * 16]), st.lists(uint64, max_size=9))
+def test_a_block_entry_comes_back_as_it_was(
+    block_id: int, index: int, num_tokens: int, generation: int, chain_hash: bytes, checksums: list[int]
+) -> None:
+    entry = BlockEntry(BlockId(block_id), index, num_tokens, generation, chain_hash, tuple(checksums))
+    assert codec.entry_from_proto(over_the_wire(codec.entry_to_proto(entry))) == entry
+
+
+@given(st.sampled_from(["shm", "tcp", "loopback"]), st.text(max_size=100), st.binary(max_size=64), uint32)
+def test_an_offer_comes_back_as_it_was(transport: str, endpoint: str, key: bytes, num_blocks: int) -> None:
+    offer = TransportOffer(transport, endpoint, key, num_blocks)
+    assert codec.offer_from_proto(over_the_wire(codec.offer_to_proto(offer))) == offer
+
+
+@pytest.mark.parametrize("reason", [None, *FinishReason])
+def test_a_finish_reason_comes_back_as_it_was(reason: FinishReason | None) -> None:
+    assert codec.finish_reason_from_proto(codec.finish_reason_to_proto(reason)) is reason
+
+
+def test_a_finish_reason_of_a_later_version_is_none() -> None:
+    assert codec.finish_reason_from_proto(99) is None  # type: ignore[arg-type]
+
+
+def test_every_field_of_a_layout_is_announced() -> None:
+    group = KVGroup(kind="full", num_layers=3, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16")
+    layout = KVLayout("digest", (group,))
+    assert codec.layout_to_proto(layout) == common_pb2.KVLayout(
+        layout_id=layout.layout_id,
+        groups=[
+            common_pb2.KVGroup(kind="full", num_layers=3, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16")
+        ],
+    )
+
+
+SAMPLING = common_pb2.SamplingParams(
+    temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1, max_tokens=9, min_tokens=2, stop_token_ids=[5, 6], logprobs=0
+)
+
+
+def test_sampling_parameters_reach_the_engine_one_by_one() -> None:
+    sampling = codec.sampling_from_proto(over_the_wire(SAMPLING), eos_token_ids=(1, 2))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.25, 7, 2**64 - 1)
+    assert (sampling.max_tokens, sampling.min_tokens, sampling.num_logprobs) == (9, 2, 0)
+    assert sampling.stop_token_ids == {1, 2, 5, 6}
+
+
+def test_ignored_ends_of_sequence_leave_the_stop_tokens_asked_for() -> None:
+    params = common_pb2.SamplingParams()
+    params.CopyFrom(SAMPLING)
+    params.ignore_eos = True
+    params.ClearField("logprobs")
+    sampling = codec.sampling_from_proto(params, eos_token_ids=(1, 2))
+    assert sampling.stop_token_ids == {5, 6}
+    assert sampling.num_logprobs is None
+
+
+@given(st.lists(uint32, max_size=50))
+def test_the_parts_of_a_prompt_are_the_prompt(token_ids: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(codec, "TOKEN_IDS_PER_MESSAGE", 7)
+        parts = list(codec.prompt_parts(token_ids))
+    assert [token_id for part in parts for token_id in part] == token_ids
+    assert len(parts) == max(1, -(-len(token_ids) // 7))
+    assert all(len(part) == 7 for part in parts[:-1])
+
+
+def test_the_largest_part_of_a_prompt_fits_a_message() -> None:
+    part = [2**32 - 1] * session.TOKEN_IDS_PER_MESSAGE
+    stops = common_pb2.SamplingParams(stop_token_ids=[2**32 - 1] * 64)
+    start = prefill_pb2.StartPrefill(token_ids=part, sampling=stops, cache_salt=bytes(64), handoff_id="a" * 32)
+    assert prefill_pb2.PrefillSessionRequest(start=start).ByteSize() < MAX_MESSAGE_BYTES
+    append = decode_pb2.AppendPrompt(request_id="a" * 32, token_ids=part)
+    assert decode_pb2.DecodeSessionRequest(append_prompt=append).ByteSize() < MAX_MESSAGE_BYTES
+
+
+def test_a_message_of_first_tokens_with_all_alternatives_fits_the_bound() -> None:
+    token = SampledToken(2**32 - 1, 2**32 - 1, -1.5, ((2**32 - 1, -1.5),) * 20)
+    first = prefill_pb2.FirstToken(
+        token=codec.token_to_proto(token), queue_s=1.5, prefill_s=1.5, cached_tokens=2**32 - 1
+    )
+    events = [prefill_pb2.PrefillEvent(handoff_id="a" * 32, first_token=first)] * 64
+    response = prefill_pb2.PrefillSessionResponse(events=prefill_pb2.PrefillEvents(events=events))
+    assert response.ByteSize() < MAX_MESSAGE_BYTES

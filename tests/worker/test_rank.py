@@ -1,0 +1,122 @@
+"""A rank is built, or the operator is told what does not fit and how to fix it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.request import StepOutput
+from staffetta.config.schema import PrefillConfig
+from staffetta.exits import DoesNotFitError, ExitCode, ModelNotFoundError, UsageError, run
+from staffetta.v1 import common_pb2
+from worker import rank as rank_module
+from worker.rank import Rank, load_rank, open_exporters
+
+PREFILL, DECODE = common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_DECODE
+
+
+def make_config(**settings: Any) -> PrefillConfig:
+    values: dict[str, Any] = {"threads": 1, "num_blocks": 4, "transports": ("loopback",)}
+    return PrefillConfig(**values | settings)
+
+
+def start(rank: Rank) -> None:
+    def ignore(_: StepOutput | BaseException) -> None:
+        """Nothing is computed here."""
+
+    rank.start(source=None, on_output=ignore, on_failure=ignore)
+
+
+def code_of(config: PrefillConfig) -> int:
+    """The exit code of a command that builds such a rank."""
+
+    def command() -> int:
+        rank = load_rank(config, PREFILL)
+        try:
+            start(rank)
+        finally:
+            rank.stop()
+        return 0
+
+    return run(command)
+
+
+def test_a_rank_knows_its_identity_and_bounds() -> None:
+    rank = load_rank(make_config(cluster_key="ab" * 16), DECODE)
+    assert (rank.num_blocks, rank.request_limits.max_model_len) == (4, 64)
+    assert rank.identity.worker_id.startswith("decode-")
+    assert (rank.identity.model, rank.identity.role) == ("demo", DECODE)
+    assert rank.identity.layout.layout_id == rank.layout.layout_id
+    assert len(rank.memory.buffer) == 4 * rank.layout.page_bytes
+    start(rank)
+    assert rank.engine_thread.call(lambda engine: engine.counts()).result().total_blocks == 4
+    rank.stop()
+
+
+def test_two_ranks_of_one_model_have_equal_digests_and_other_incarnations() -> None:
+    ranks = [load_rank(make_config(), role) for role in (PREFILL, DECODE)]
+    first, second = (rank.identity for rank in ranks)
+    assert first.model_digest == second.model_digest
+    assert first.numerics_digest == second.numerics_digest
+    assert first.layout == second.layout
+    assert first.incarnation != second.incarnation
+    for rank in ranks:
+        rank.stop()
+
+
+def test_a_pool_without_room_for_a_block_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(num_blocks=0, kv_memory=1000)
+    with pytest.raises(DoesNotFitError) as raised:
+        load_rank(config, PREFILL)
+    assert raised.value.name == "KV_POOL_TOO_SMALL"
+    assert code_of(config) == 3
+    assert "the KV pool of 1000 bytes holds no block" in capsys.readouterr().err
+
+
+def test_a_pool_beyond_the_memory_there_is_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(num_blocks=2**30)
+    with pytest.raises(DoesNotFitError) as raised:
+        load_rank(config, PREFILL)
+    assert raised.value.name == "KV_POOL_TOO_LARGE"
+    assert raised.value.fix.startswith("--num-blocks ")
+    assert code_of(config) == 3
+    assert "bytes of memory are available" in capsys.readouterr().err
+
+
+def test_memory_that_caches_would_give_back_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    5 kB\n")
+    assert rank_module._available_bytes() == 5 * 1024
+
+
+@pytest.mark.parametrize("key", ["no hexadecimal", "abc", "ab" * 15, "ab" * 65])
+def test_a_cluster_key_that_is_none_is_the_operators_mistake(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(make_config(cluster_key=key)) == ExitCode.USAGE
+    assert "error[BAD_CLUSTER_KEY]" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        load_rank(make_config(model=str(tmp_path)), PREFILL)
+
+
+def test_a_transport_that_cannot_be_offered_is_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    rank = load_rank(make_config(transports=("shm", "loopback"), shm_dir=str(tmp_path / "missing")), PREFILL)
+    exporters = open_exporters(rank)
+    assert [exporter.transport for exporter in exporters] == ["loopback"]
+    assert "transport shm is not offered" in caplog.text
+    for exporter in exporters:
+        exporter.close()
+    rank.stop()
+
+
+@pytest.mark.parametrize("transports", [(), ("carrier pigeon",), ("tcp",)])
+def test_without_any_transport_there_is_no_worker(transports: tuple[str, ...]) -> None:
+    rank = load_rank(make_config(transports=transports, transfer_listen="192.0.2.1:1"), PREFILL)
+    with pytest.raises(UsageError) as raised:
+        open_exporters(rank)
+    assert raised.value.name == "NO_TRANSPORT"
+    rank.stop()
