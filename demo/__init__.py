@@ -1,4 +1,4 @@
-"""The embedded model: a tiny Llama that recalls facts from its context, shipped so that a first run downloads nothing."""
+"""The embedded model: a tiny Llama that recalls facts from its context, so that a first run downloads nothing."""
 
 from pathlib import Path
 from typing import Final

@@ -1,6 +1,6 @@
 """Turns documents into rectangular batches: which lengths a step trains on, and the tensors of one step.
 
-Everything here is a function of (seed, step, level), never of what was drawn before, so a resumed run sees the same data.
+Everything here is a function of (seed, step, level), never of what was drawn before: a resumed run sees the same data.
 """
 
 import random
@@ -11,24 +11,26 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from demo.corpus import PAD, SPECIAL_TOKENS
+from demo.corpus import PAD
 from demo.documents import Document, drill_document, recall_document, skills_document
+from demo.tokenizer import special_ids
 
 LENGTHS: Final = (96, 128, 256, 512, 1024, 1600)
 """The curriculum: level n trains on the first n + 1 of these."""
 
 _DRILL_SHARES: Final = (0.4, 0.4, 0.25, 0.1, 0.05, 0.05)
 _MIN_ROWS: Final = 4
-_TOP_SHARE: Final = 0.55
-_SKILL_LENGTH: Final = 160
-_SKILL_EXCHANGES: Final = 5
+_TOP_SHARE: Final = 0.4
+_SKILL_LENGTH: Final = 256
+_SKILL_EXCHANGES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Tokens and what each next token weighs.
 
-    tokens: [rows, length], int64, padded at the end; targets: [rows, length], int64; weights: [rows, length], fp32, 0 on pads.
+    tokens, targets: [rows, length], int64, padded at the end; weights: [rows, length], fp32, 0 on pads. level: index of
+    the length in ``LENGTHS``.
     """
 
     tokens: Tensor
@@ -44,23 +46,24 @@ class Batcher:
         self.tokenizer = tokenizer
         self.seed = seed
         self.batch_tokens = batch_tokens
-        self._special_ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        self._special_ids = special_ids(tokenizer)
 
     def recall(self, step: int, level: int) -> Batch:
-        """The recall batch of a step: mostly of the level's own length, else of a shorter one, so that none is forgotten."""
-        rng = random.Random(f"recall:{self.seed}:{step}")  # noqa: S311 - reproducible data, not a secret
+        """The recall batch of a step: of the level's own length or of a shorter one, so that none is forgotten."""
+        rng = random.Random(f"recall:{self.seed}:{step}")
         drawn = level if rng.random() < _TOP_SHARE else rng.randint(0, level)
         length = LENGTHS[drawn]
         rows = max(_MIN_ROWS, self.batch_tokens // length)
         drill_share = _DRILL_SHARES[level]
         documents = [
-            drill_document(rng, length) if rng.random() < drill_share else recall_document(rng, length) for _ in range(rows)
+            drill_document(rng, length) if rng.random() < drill_share else recall_document(rng, length)
+            for _ in range(rows)
         ]
         return self._pack(documents, length, drawn)
 
     def skills(self, step: int, rows: int) -> Batch:
         """The batch of lesser skills of a step."""
-        rng = random.Random(f"skills:{self.seed}:{step}")  # noqa: S311 - reproducible data, not a secret
+        rng = random.Random(f"skills:{self.seed}:{step}")
         documents = [skills_document(rng, _SKILL_EXCHANGES) for _ in range(rows)]
         return self._pack(documents, _SKILL_LENGTH, 0)
 

@@ -1,8 +1,9 @@
 """Seeded text generators for the embedded model: recall from context, and where the training/held-out border runs.
 
-A recall text states facts ("The code of the otter is 7341.") among distractors and asks for some of them. Every (name, code)
-pair falls by a checksum into one of two classes: training texts state pairs of one class only, held-out prompts pairs of the
-other only, so that no held-out record was ever seen in training. Pure Python: no tensor library is imported here.
+A recall text states facts ("The code of the otter is 7341.") among distractors and asks for some of them. Every
+(name, code) pair falls by a checksum into one of two classes: training texts state pairs of one class only, held-out
+prompts pairs of the other only, so that no held-out record was ever seen in training. Pure Python: no tensor library is
+imported here.
 """
 
 import random
@@ -19,16 +20,20 @@ SYSTEM: Final = "<|system|>"
 PAD: Final = "<|pad|>"
 SPECIAL_TOKENS: Final = (PAD, BOS, END, USER, ASSISTANT, SYSTEM)
 
-NAMES: Final = tuple(
-    "ant ape badger bat bear beaver bee boar bull camel cat cobra cod colt cow crab crane crow deer dingo dog dove duck eagle "
-    "eel elk emu ewe falcon fawn ferret finch flea fly foal fox frog gecko gnat goat goose gull hare hawk hen heron hornet "
-    "horse hyena ibis jackal jay kite kiwi koala lamb lark lion lizard llama loon lynx magpie mantis marmot mink mole monkey "
-    "moose moth mouse mule newt orca osprey otter owl ox oyster panda parrot pig pigeon pike pony puma python quail rabbit "
-    "ram rat raven rhino robin rook salmon seal shark sheep shrew skunk slug snail snake spider squid stork swan swift tern "
-    "tiger toad trout tuna turkey turtle viper vole walrus wasp weasel whale wolf wombat worm wren yak zebra".split()
-)
-COLORS: Final = tuple("red blue green black white brown gray yellow pink golden".split())
-PLACES: Final = tuple("river forest lake hill road bridge mill barn garden tower harbor meadow".split())
+_NAMES: Final = """
+ant ape badger bat bear beaver bee boar bull camel cat cobra cod colt cow crab crane crow deer dingo dog dove duck
+eagle eel elk emu ewe falcon fawn ferret finch flea fly foal fox frog gecko gnat goat goose gull hare hawk hen heron
+hornet horse hyena ibis jackal jay kite kiwi koala lamb lark lion lizard llama loon lynx magpie mantis marmot mink
+mole monkey moose moth mouse mule newt orca osprey otter owl ox oyster panda parrot pig pigeon pike pony puma python
+quail rabbit ram rat raven rhino robin rook salmon seal shark sheep shrew skunk slug snail snake spider squid stork
+swan swift tern tiger toad trout tuna turkey turtle viper vole walrus wasp weasel whale wolf wombat worm wren yak
+zebra
+"""
+NAMES: Final = tuple(_NAMES.split())
+COLORS: Final = ("red", "blue", "green", "black", "white", "brown", "gray", "yellow", "pink", "golden")
+PLACES: Final = (
+    "river", "forest", "lake", "hill", "road", "bridge", "mill", "barn", "garden", "tower", "harbor", "meadow",
+)  # fmt: skip
 
 MAX_RECORDS: Final = 110
 """More records than this would not fit, with their distractors, into the longest context of training."""
@@ -68,8 +73,8 @@ class Record(NamedTuple):
 
     @property
     def question(self) -> str:
-        """The one form in which a record is asked for."""
-        return f"What is the code of the {self.name}?"
+        """The form in which recall is measured."""
+        return question(self.name)
 
 
 def is_held_out(name: str, code: str) -> bool:
@@ -86,20 +91,40 @@ def recall_sample(rng: random.Random, *, num_records: int) -> RecallSample:
 
 
 def held_out_recall(seed: int, count: int, *, min_records: int, max_records: int) -> list[RecallSample]:
-    """Draws ``count`` prompts none of whose records occurs in any training text; the same seed gives the same prompts."""
-    rng = random.Random(f"held-out:{seed}")  # noqa: S311 - reproducible data, not a secret
+    """Draws ``count`` prompts none of whose records occurs in a training text; a seed always gives the same prompts."""
+    rng = random.Random(f"held-out:{seed}")
     return [_sample(rng, num_records=rng.randint(min_records, max_records), held_out=True) for _ in range(count)]
+
+
+def question(name: str) -> str:
+    """Asks for the code of a name."""
+    return f"What is the code of the {name}?"
+
+
+def draw_record(rng: random.Random, name: str, *, held_out: bool) -> Record:
+    """Draws a code for the name such that the pair is of the given class."""
+    while True:
+        code = f"{rng.randrange(_NUM_CODES):04d}"
+        if is_held_out(name, code) == held_out:
+            return Record(name, code)
 
 
 def draw_records(rng: random.Random, num_records: int, *, held_out: bool) -> list[Record]:
     """Draws records with distinct names, all of one class."""
     if not 1 <= num_records <= len(NAMES):
         raise ValueError(f"num_records must be between 1 and {len(NAMES)}, got {num_records}")
-    return [Record(name, _draw_code(rng, name, held_out)) for name in rng.sample(NAMES, num_records)]
+    return [draw_record(rng, name, held_out=held_out) for name in rng.sample(NAMES, num_records)]
 
 
-def state_facts(rng: random.Random, records: Sequence[Record], num_distractors: int) -> tuple[list[str], dict[str, str]]:
-    """Returns the sentences that state the records among distractors, shuffled, and the color stated of each name (if any).
+class Facts(NamedTuple):
+    """Sentences in the order in which they are stated, and the color of each name of which one is stated."""
+
+    sentences: list[str]
+    colors: dict[str, str]
+
+
+def state_facts(rng: random.Random, records: Sequence[Record], num_distractors: int) -> Facts:
+    """States the records among at most ``num_distractors`` other sentences, shuffled.
 
     At most one color and one home is stated of a name, so that every question about a color has one answer.
     """
@@ -116,20 +141,13 @@ def state_facts(rng: random.Random, records: Sequence[Record], num_distractors: 
             homes.add(name)
             sentences.append(f"The {name} lives near the {rng.choice(PLACES)}.")
     rng.shuffle(sentences)
-    return sentences, colors
-
-
-def _draw_code(rng: random.Random, name: str, held_out: bool) -> str:
-    while True:
-        code = f"{rng.randrange(_NUM_CODES):04d}"
-        if is_held_out(name, code) == held_out:
-            return code
+    return Facts(sentences, colors)
 
 
 def _sample(rng: random.Random, *, num_records: int, held_out: bool) -> RecallSample:
     if not 1 <= num_records <= MAX_RECORDS:
         raise ValueError(f"num_records must be between 1 and {MAX_RECORDS}, got {num_records}")
     records = draw_records(rng, num_records, held_out=held_out)
-    sentences, _ = state_facts(rng, records, rng.randint(0, num_records // 2 + 1))
+    sentences = state_facts(rng, records, rng.randint(0, num_records // 2 + 1)).sentences
     asked = rng.choice(records)
     return RecallSample(prompt=" ".join([*sentences, asked.question]), answer=asked.code)

@@ -45,7 +45,7 @@ class Exported:
 
 
 def recall_table(exported: Exported, directory: Path, *, num_prompts: int, lengths: Sequence[int]) -> list[str]:
-    """Measures held-out recall, as a chat and as plain text, per prompt length; returns the rows of a Markdown table."""
+    """Measures held-out recall per prompt length, as chat and as plain text; returns the rows of a Markdown table."""
     rows = ["| prompt tokens (mean) | prompts | exact, chat | exact, completion |", "|---|---|---|---|"]
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     for length in lengths:

@@ -1,14 +1,14 @@
 """The Llama architecture in its training form: whole sequences, no cache, parameters named as in published checkpoints.
 
-It serves ``demo.train`` and the tests alone; serving has its own implementation, and the two meet only in the exported files.
+It serves ``demo.train`` and the tests alone; serving has its own implementation; both meet only in the exported files.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class LlamaShape:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
-    intermediate_size: int = 256
+    intermediate_size: int = 384
     max_positions: int = 2048
     rope_theta: float = 500_000.0
     norm_eps: float = 1e-5
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, length, size]; returns the same shape."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         group = q.shape[1] // k.shape[1]
         k = rotate(k, cos, sin).repeat_interleave(group, dim=1)
         v = v.repeat_interleave(group, dim=1)
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
+        out = functional.scaled_dot_product_attention(rotate(q, cos, sin), k, v, is_causal=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
 
 
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, length, hidden]; returns the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -114,7 +114,6 @@ class Llama(nn.Module):
         super().__init__()
         self.shape = shape
         self.model = Decoder(shape)
-        initialize(self)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """tokens: [batch, length], int64; returns the normalized last hidden states [batch, length, hidden], fp32."""
@@ -130,59 +129,7 @@ class Llama(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """hidden: [..., hidden]; returns logits [..., vocab_size]."""
-        return F.linear(hidden, self.model.embed_tokens.weight)
-
-
-@torch.no_grad()
-def initialize(model: Llama) -> None:
-    """Draws the first weights, close to where looking things up is learnt.
-
-    From independent random weights, finding "what followed this word before" takes most of a training run; it is a matter of
-    three alignments, which the first weights therefore have. (1) All embeddings share a component, and in the first layer
-    each head uses it to attend to a fixed distance back, 1, 2, 3, ...: every position learns what stood before it. (2) In the
-    layers above queries and keys start equal, so that a position attends to those of like content. (3) Output projections
-    start as the transpose of the values', so that what is read is written back as it was.
-    """
-    shape = model.shape
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            scale = (2 * shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            nn.init.normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
-    embedding = model.model.embed_tokens.weight
-    nn.init.normal_(embedding, std=0.1)
-    embedding += 0.1
-    shared = torch.full((shape.hidden_size,), shape.hidden_size**-0.5)
-    content = nn.init.orthogonal_(torch.empty(shape.head_dim, shape.hidden_size))
-    content -= torch.outer(content @ shared, shared)
-    written = [nn.init.orthogonal_(torch.empty(shape.hidden_size, shape.head_dim)) for _ in range(shape.num_heads)]
-    group = shape.num_heads // shape.num_kv_heads
-    cos, sin = rotary_tables(shape, shape.num_heads + 1)
-    half = shape.head_dim // 2
-    first, second = model.model.layers[0].self_attn, model.model.layers[1].self_attn
-    slow = torch.ones(half)
-    slow[: half * 3 // 8] = 0.2
-    slow = torch.cat((slow, slow))[:, None] * 2.0
-    back = min(2, shape.num_heads - 1)
-    for head in range(shape.num_heads):
-        rows = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
-        turned = torch.cat((cos[head + 1, :half], -sin[head + 1, :half]))
-        first.q_proj.weight[rows] *= 0.2
-        first.q_proj.weight[rows] += torch.outer(turned, shared)
-        first.o_proj.weight[:, rows] = written[head]
-        source = content if head // group % 2 == 0 else written[back - (head % group) % 2].T
-        second.q_proj.weight[rows] = source * slow
-    for kv_head in range(shape.num_kv_heads):
-        rows = slice(kv_head * shape.head_dim, (kv_head + 1) * shape.head_dim)
-        plain = torch.cat((torch.ones(half), torch.zeros(half)))
-        first.k_proj.weight[rows] *= 0.2
-        first.k_proj.weight[rows] += torch.outer(plain, shared)
-        first.v_proj.weight[rows] = content
-        second.k_proj.weight[rows] = written[0 if kv_head % 2 == 0 else back].T * slow
-        copied = nn.init.orthogonal_(torch.empty(shape.head_dim, shape.hidden_size))
-        copied -= torch.outer(copied @ shared, shared)
-        second.v_proj.weight[rows] = copied
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            second.o_proj.weight[:, head * shape.head_dim : (head + 1) * shape.head_dim] = copied.T
+        return functional.linear(hidden, self.model.embed_tokens.weight)
 
 
 def rotary_tables(shape: LlamaShape, length: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Measures exact recall of a training-form model at a given prompt length, on held-out records.
 
-The reply is greedy; because it is compared as a whole, feeding the expected reply and asking whether every one of its tokens
-(and the end) is the most likely one gives the same verdict as generating it, in one pass.
+The reply is greedy; because it is compared as a whole, feeding the expected reply and asking whether every one of its
+tokens (and the end) is the most likely one gives the same verdict as generating it, in one pass.
 """
 
 from typing import Final
@@ -16,7 +16,7 @@ _BATCH_TOKENS: Final = 16_384
 
 
 def held_out_prompts(tokenizer: Tokenizer, *, num_tokens: int, num_prompts: int, seed: int = 0) -> list[RecallSample]:
-    """Draws held-out prompts whose encoding, chat frame included, is at most ``num_tokens`` and within a fifth of it."""
+    """Draws held-out prompts that are, chat frame included, 0.8 to 1.0 times ``num_tokens`` long."""
     chosen: list[RecallSample] = []
     for attempt in range(1000):
         low, high = max(1, num_tokens // 24), max(1, min(MAX_RECORDS, num_tokens // 13))

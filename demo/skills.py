@@ -36,12 +36,15 @@ SMALL_TALK: Final = (
     ("Bye", "Goodbye! Come back soon."),
     ("What is your name?", "I have no name. I am the small model of Staffetta."),
     ("Are you big?", "No. I am very small, but every step of my work is real."),
-    ("What is Staffetta?", "Staffetta is an engine that reads your words in one place and writes the answer in another."),
+    (
+        "What is Staffetta?",
+        "Staffetta is an engine that reads your words in one place and writes the answer in another.",
+    ),
 )
 
 
 def exchange(rng: random.Random) -> Exchange:
-    """Draws one exchange; the five families are about equally likely, small talk and stories together being one."""
+    """Draws one exchange; the families are equally likely, small talk and stories together being one."""
     return rng.choice(tuple(SKILLS.values()))(rng)
 
 
@@ -49,15 +52,28 @@ def story(name: str, friend: str, color: str, place: str) -> str:
     """Tells the one plot there is about the given animals."""
     return (
         f"Once there was a small {name} who lived near the {place}. One day the {name} lost a {color} stone. "
-        f"It looked under the leaves and behind the trees, but the stone was gone. Then a {friend} came along and said: "
-        f"I saw it fall into the water. They went to look together, and there it was. "
+        "It looked under the leaves and behind the trees, but the stone was gone. "
+        f"Then a {friend} came along and said: I saw it fall into the water. "
+        "They went to look together, and there it was. "
         f"From that day on the {name} and the {friend} were friends. The end."
     )
+
+
+def tell(rng: random.Random) -> str:
+    """Tells the plot about animals drawn at random."""
+    name, friend = rng.sample(NAMES, 2)
+    return story(name, friend, rng.choice(COLORS), rng.choice(PLACES))
 
 
 def _count(rng: random.Random) -> Exchange:
     start = rng.randrange(1, 200)
     return Exchange(f"Count on from {start}.", " ".join(str(start + i) for i in range(1, 11)))
+
+
+def _count_range(rng: random.Random) -> Exchange:
+    start = rng.choice((1, rng.randrange(1, 200)))
+    stop = start + rng.randint(2, 40)
+    return Exchange(f"Count from {start} to {stop}.", " ".join(map(str, range(start, stop + 1))))
 
 
 def _copy(rng: random.Random) -> Exchange:
@@ -86,7 +102,8 @@ def _talk(rng: random.Random) -> Exchange:
 
 
 SKILLS: Final[Mapping[str, Callable[[random.Random], Exchange]]] = {
-    "count": _count,
+    "count on": _count,
+    "count from, to": _count_range,
     "copy": _copy,
     "reverse": _reverse,
     "add": _add,

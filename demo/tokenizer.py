@@ -1,7 +1,7 @@
 """Trains the byte-level BPE of the embedded model and writes it in the form that tokenizers and transformers load.
 
-Digits are always single tokens and every animal, color and place is one token (with its leading space), so that a fact is a
-fixed small number of positions. All 256 bytes are in the vocabulary: any text encodes, and decodes to itself.
+Digits are always single tokens and every animal, color and place is one token (with its leading space), so that a fact
+is a fixed small number of positions. All 256 bytes are in the vocabulary: any text encodes, and decodes to itself.
 """
 
 import json
@@ -22,14 +22,14 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _WORD_REPEATS: Final = 2000
-_COMMON_WORDS: Final = (
-    "about after all also and any are because been before but can could did down each even every first for from give good "
-    "great had has have here how into just know like little long made make many may more most much must never new not now "
-    "only open other our out over people place please right same say second see she should some still such take than that "
-    "them then these they thing think this time under until use very want was water way well were when where which while "
-    "who why will with word work world would write year yes your number name key value question model token memory block "
-    "cache request answer system user hello number follow remember between across"
-).split()
+_COMMON_WORDS: Final = """
+about after all also and any are because been before but can could did down each even every first for from give good
+great had has have here how into just know like little long made make many may more most much must never new not now
+only open other our out over people place please right same say second see she should some still such take than that
+them then these they thing think this time under until use very want was water way well were when where which while
+who why will with word work world would write year yes your number name key value question model token memory block
+cache request answer system user hello number follow remember between across
+"""
 
 
 def train_tokenizer() -> Tokenizer:
@@ -65,12 +65,21 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Returns the ids of the special tokens; raises ValueError when the tokenizer lacks one."""
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    present = {token: token_id for token, token_id in ids.items() if token_id is not None}
+    if len(present) != len(ids):
+        raise ValueError(f"the tokenizer lacks {sorted(set(ids) - set(present))}; train it with train_tokenizer()")
+    return present
+
+
 def _training_text() -> Iterator[str]:
     # The names come first in frequency by far: each must end up as one token, whatever else the vocabulary holds.
     for word in (*NAMES, *COLORS, *PLACES):
         yield f" {word}" * _WORD_REPEATS
-    yield "".join(f" {word}" for word in _COMMON_WORDS) * 50
-    rng = random.Random("tokenizer")  # noqa: S311 - reproducible data, not a secret
+    yield "".join(f" {word}" for word in _COMMON_WORDS.split()) * 50
+    rng = random.Random("tokenizer")
     for _ in range(300):
         yield recall_sample(rng, num_records=3).prompt
         yield " ".join(exchange(rng))

@@ -2,7 +2,8 @@
 
 1. A step draws a recall batch and a small batch of lesser skills, both functions of (seed, step) alone.
 2. Lengths grow: when the answers of the current longest length are mostly right, the next length is opened.
-3. Every few hundred steps the state is saved (safetensors and JSON, never pickle), measured on held-out recall, and exported.
+3. Every few hundred steps the state is saved (safetensors and JSON, never pickle), exported, and measured on held-out
+   recall.
 
 A run stopped anywhere continues with ``--resume`` as if it had not been stopped.
 """
@@ -18,18 +19,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from demo import MODEL_DIR
 from demo.batches import LENGTHS, Batch, Batcher
 from demo.corpus import BOS, END, PAD
 from demo.documents import LOOKUP_WEIGHT
+from demo.initial import draw_weights
 from demo.llama import Llama, LlamaShape, published_config
 from demo.recall import recall_accuracy
-from demo.tokenizer import train_tokenizer, write_tokenizer
+from demo.tokenizer import special_ids, train_tokenizer, write_tokenizer
 
 CHECKPOINT_DIR: Final = Path(__file__).resolve().parent / ".checkpoints"
 _LOG: Final = logging.getLogger("demo.train")
@@ -40,15 +42,15 @@ class TrainConfig:
     """What determines the weights: together with the code, nothing else does."""
 
     seed: int = 1
-    steps: int = 12000
+    steps: int = 3000
     batch_tokens: int = 3072
-    skill_rows: int = 2
-    skill_weight: float = 0.15
+    skill_rows: int = 8
+    skill_weight: float = 0.5
     peak_lr: float = 2e-3
     embedding_lr_share: float = 0.1
     final_lr: float = 5e-5
     warmup_steps: int = 100
-    decay_steps: int = 3000
+    decay_steps: int = 1600
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     advance_at: float = 0.93
@@ -73,6 +75,7 @@ class Trainer:
         self.config = config
         self.tokenizer = tokenizer
         self.model = Llama(shape)
+        draw_weights(self.model)
         self.progress = Progress()
         self.batcher = Batcher(tokenizer, seed=config.seed, batch_tokens=config.batch_tokens)
         named = dict(self.model.named_parameters())
@@ -82,7 +85,7 @@ class Trainer:
             matrices.values(), lr=0.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
         adam = torch.optim.AdamW(others.values(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0)
-        self._owners: list[tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]] = [(muon, matrices), (adam, others)]
+        self._owners: list[tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]] = [(muon, matrices), (adam, others)]
 
     def learning_rate(self, step: int) -> float:
         """Warm-up, plateau, then a half cosine down to the final rate."""
@@ -105,8 +108,8 @@ class Trainer:
         loss, accuracy = self._loss(recall)
         loss.backward()  # type: ignore[no-untyped-call]
         skill_loss, _ = self._loss(self.batcher.skills(progress.step, config.skill_rows))
-        (skill_loss * config.skill_weight).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        (skill_loss * config.skill_weight).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         for optimizer, _ in self._owners:
             optimizer.step()
             optimizer.zero_grad()
@@ -123,7 +126,7 @@ class Trainer:
         counted = batch.weights > 0
         weights, targets = batch.weights[counted], batch.targets[counted]
         logits = self.model.project(self.model.hidden(batch.tokens)[counted])
-        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        loss = (functional.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
         exact = (logits.argmax(dim=-1) == targets)[weights == LOOKUP_WEIGHT]
         return loss, float(exact.float().mean()) if len(exact) else 0.0
 
@@ -162,12 +165,14 @@ class Trainer:
         """Writes the directory that serving loads."""
         directory.mkdir(parents=True, exist_ok=True)
         write_tokenizer(self.tokenizer, directory)
-        bos_id, end_id, pad_id = (self.tokenizer.token_to_id(token) for token in (BOS, END, PAD))
+        ids = special_ids(self.tokenizer)
+        bos_id, end_id, pad_id = ids[BOS], ids[END], ids[PAD]
         config = published_config(self.model.shape, bos_id=bos_id, end_id=end_id, pad_id=pad_id)
         generation = {"bos_token_id": bos_id, "eos_token_id": end_id, "pad_token_id": pad_id, "do_sample": False}
         for name, content in (("config.json", config), ("generation_config.json", generation)):
             (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         save_file(self.rounded(), directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "model.safetensors").chmod(0o644)
 
 
 def run(trainer: Trainer, *, checkpoints: Path, out: Path, minutes: float, every: int) -> None:
@@ -225,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     options = _parse(arguments)
     options.checkpoints.mkdir(parents=True, exist_ok=True)
-    handlers = [logging.StreamHandler(), logging.FileHandler(options.checkpoints / "train.log")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(options.checkpoints / "train.log")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers)
     torch.set_num_threads(options.threads)
     values: dict[str, Any] = vars(options)
@@ -234,8 +239,8 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = Trainer(config, shape, train_tokenizer())
     if options.resume:
         trainer.load(options.checkpoints)
-    num_parameters = sum(p.numel() for p in trainer.model.parameters())
-    _LOG.info("training %d parameters on %d threads from step %d", num_parameters, options.threads, trainer.progress.step)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    _LOG.info("training %d parameters on %d threads from step %d", size, options.threads, trainer.progress.step)
     run(trainer, checkpoints=options.checkpoints, out=options.out, minutes=options.minutes, every=options.every)
 
 

@@ -10,9 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from demo import MODEL_DIR
-from demo.corpus import COLORS, NAMES, PLACES, SPECIAL_TOKENS
+from demo.corpus import COLORS, NAMES, PLACES, SPECIAL_TOKENS, RecallSample
 from demo.recall import frame
-from demo.corpus import RecallSample
 from demo.tokenizer import VOCAB_SIZE, train_tokenizer
 
 TOKENIZER = train_tokenizer()
@@ -56,5 +55,6 @@ def test_transformers_renders_the_chat_as_it_was_trained() -> None:
     assert codec.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == frame(sample)
     ids = codec.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids == TOKENIZER.encode(frame(sample), add_special_tokens=False).ids
-    full = codec.apply_chat_template([{"role": "system", "content": "a"}, *chat, {"role": "assistant", "content": "b"}], tokenize=False)
+    longer = [{"role": "system", "content": "a"}, *chat, {"role": "assistant", "content": "b"}]
+    full = codec.apply_chat_template(longer, tokenize=False)
     assert full == f"<|bos|><|system|>a<|end|><|user|>{sample.prompt}<|end|><|assistant|>b<|end|>"
