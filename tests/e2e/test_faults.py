@@ -17,8 +17,7 @@ from tests.e2e.prompts import Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient, greedy
 from tests.e2e.waiting import wait_until
 
-PULLING = next(fault for fault in FAULTS if fault.state == "pulling")
-FROM_OUTSIDE = next(fault for fault in FAULTS if not fault.failpoint)
+BY_STATE = {fault.state: fault for fault in FAULTS}
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +56,20 @@ def run_fault(fault: Fault, prompts: Sequence[Prompt], expected: Sequence[tuple[
     assert toll.num_requests > 3
 
 
+@pytest.mark.parametrize("state", ["pulling", "first token sent"])
 def test_prefill_workers_killed_in_the_middle_of_hand_offs_cost_no_token(
-    prompts: Sequence[Prompt], expected: Sequence[tuple[int, ...]]
+    state: str, prompts: Sequence[Prompt], expected: Sequence[tuple[int, ...]]
 ) -> None:
-    with Cluster(*flags(PULLING)) as failing:
-        run_fault(PULLING, prompts, expected, failing)
+    fault = BY_STATE[state]
+    with Cluster(*flags(fault)) as failing:
+        run_fault(fault, prompts, expected, failing)
         failing.wait_until_idle()
 
 
 def test_prefill_workers_killed_at_random_cost_no_token(
     cluster: Cluster, prompts: Sequence[Prompt], expected: Sequence[tuple[int, ...]]
 ) -> None:
-    run_fault(FROM_OUTSIDE, prompts, expected, cluster)
+    run_fault(BY_STATE["at random, from outside"], prompts, expected, cluster)
 
 
 def test_a_stopped_prefill_worker_costs_seconds_and_no_token(
