@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator, Sequence
 
 import grpc.aio
+import httpx
 import pytest
 
 from staffetta.rpc.status import error_from_rpc
@@ -115,6 +116,37 @@ def test_a_decode_worker_killed_after_the_first_token_is_a_retryable_error(
     error = run(lose_it())
     failure = error_from_rpc(error)
     assert (error.code(), failure.reason, failure.is_retryable) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST", True)
+
+
+@pytest.mark.parametrize("victim", ["gateway", "zygote"])
+def test_a_killed_gateway_or_zygote_comes_back_and_nothing_stays_held(
+    victim: str, cluster: Cluster, prompts: Sequence[Prompt], expected: Sequence[tuple[int, ...]]
+) -> None:
+    async def lose_it() -> grpc.StatusCode:
+        async with ReflectedClient(cluster.grpc) as client:
+            call = client.call("Generate", tokens={"token_ids": prompts[0].token_ids}, sampling=greedy(1200))
+            async for response in call:
+                if response.WhichOneof("event") == "delta":
+                    break
+            cluster.signal(victim, signal.SIGKILL)
+            with pytest.raises(grpc.aio.AioRpcError) as lost:
+                async for _ in call:
+                    pass
+            return lost.value.code()
+
+    num_ends = cluster.log.ends("SIGKILL")[victim]
+    assert run(lose_it()) is grpc.StatusCode.UNAVAILABLE
+    wait_until(lambda: cluster.log.ends("SIGKILL")[victim], lambda ends: ends == num_ends + 1, timeout_s=5)
+    wait_until(lambda: is_ready(cluster), bool, timeout_s=20)
+    cluster.wait_until_linked()
+    assert [answer.token_ids for answer in run(generate_all(cluster, prompts))] == list(expected)
+
+
+def is_ready(cluster: Cluster) -> bool:
+    try:
+        return httpx.get(f"http://{cluster.http}/ready", timeout=1.0).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @contextlib.contextmanager
