@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 import grpc
@@ -166,7 +166,8 @@ async def child_server(heartbeat_s: float) -> AsyncIterator[tuple[asyncio.subpro
     try:
         yield process, (await process.stdout.readline()).decode().strip()
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):  # a test may have killed it
+            process.kill()
         await process.wait()
 
 
