@@ -61,7 +61,7 @@ def test_a_difference_is_told_by_field_and_both_values(
     assert message.startswith(f"{field} is ")
     before, _, after = message.partition(" at theirs and ")
     assert there in before
-    assert here in after.partition(" at ours; start both with the same model, dtype and block size")[0]
+    assert here in after.partition(" at ours; start both with the same model")[0]
 
 
 def test_a_peer_without_a_name_is_still_told_of() -> None:
