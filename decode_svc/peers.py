@@ -19,10 +19,10 @@ from kvtransfer.memory import PoolMemory
 from kvtransfer.transport import BlockRead, KVReader, SelfTest, TransportOffer, choose, open_reader
 from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, TransportError, WorkerLostError
 from staffetta.rpc.channel import open_channel
-from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe
+from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe, prompt_parts
 from staffetta.rpc.status import error_from_failure, error_of_call
 from staffetta.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
-from worker.codec import offer_from_proto, prompt_parts
+from worker.codec import offer_from_proto
 from worker.pairing import check_pair
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import grpc.aio
 
 from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.channel import open_channel
-from staffetta.rpc.session import PROTOCOL_VERSION, TOKEN_IDS_PER_MESSAGE, SessionPipe
+from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe, prompt_parts
 from staffetta.rpc.status import error_from_failure, error_from_rpc
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 
@@ -101,16 +101,15 @@ class DecodeSession:
         """Starts `request`, whose `token_ids` are filled in here, in parts when they are many. The caller closes the
         stream."""
         request.num_prompt_tokens = len(token_ids)
-        request.token_ids.extend(token_ids[:TOKEN_IDS_PER_MESSAGE])
+        first, *rest = prompt_parts(token_ids)
+        request.token_ids.extend(first)
         stream = RequestStream(self, request.request_id)
         self._streams[request.request_id] = stream
         self._is_idle.clear()
         self.send(decode_pb2.DecodeSessionRequest(start=request))
-        for at in range(TOKEN_IDS_PER_MESSAGE, len(token_ids), TOKEN_IDS_PER_MESSAGE):
-            part = decode_pb2.AppendPrompt(
-                request_id=request.request_id, token_ids=token_ids[at : at + TOKEN_IDS_PER_MESSAGE]
-            )
-            self.send(decode_pb2.DecodeSessionRequest(append_prompt=part))
+        for part in rest:
+            append = decode_pb2.AppendPrompt(request_id=request.request_id, token_ids=part)
+            self.send(decode_pb2.DecodeSessionRequest(append_prompt=append))
         return stream
 
     def send(self, command: decode_pb2.DecodeSessionRequest) -> None:

@@ -1,12 +1,11 @@
 """Turns protobuf messages into the engine's values and back: the one file of the workers that knows both."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 from engine.request import FinishReason, SampledToken, SamplingParams
 from kvtransfer.layout import BlockId, KVLayout
 from kvtransfer.manifest import BlockEntry
 from kvtransfer.transport import TransportOffer
-from staffetta.rpc.session import TOKEN_IDS_PER_MESSAGE
 from staffetta.v1 import common_pb2, prefill_pb2
 
 _FINISH_TO_PROTO = {
@@ -125,10 +124,3 @@ def entry_from_proto(message: prefill_pb2.BlockEntry) -> BlockEntry:
         chain_hash=message.chain_hash,
         head_checksums=tuple(message.head_checksums),
     )
-
-
-def prompt_parts(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Splits a prompt into runs that fit one session message each; at least one run, the first may be the only one."""
-    yield token_ids[:TOKEN_IDS_PER_MESSAGE]
-    for start in range(TOKEN_IDS_PER_MESSAGE, len(token_ids), TOKEN_IDS_PER_MESSAGE):
-        yield token_ids[start : start + TOKEN_IDS_PER_MESSAGE]

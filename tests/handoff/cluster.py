@@ -20,10 +20,9 @@ from prefill_svc.main import PrefillService
 from staffetta.config.schema import DecodeConfig, PrefillConfig
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.server import RpcServer
-from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe
+from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe, prompt_parts
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 from tests.rpc.in_loop import until
-from worker.codec import prompt_parts
 from worker.lifecycle import Service, Worker
 from worker.rank import Rank, load_rank
 

@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager, suppress
 
 import grpc.aio
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from staffetta.errors import HandoffFailedError, ProtocolError, WorkerLostError
 from staffetta.rpc import session
@@ -16,6 +18,16 @@ from tests.rpc.in_loop import in_loop, until
 
 Message = prefill_pb2.PrefillSessionRequest
 Pipe = SessionPipe[Message, Message]
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=50))
+def test_the_parts_of_a_prompt_are_the_prompt(token_ids: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(session, "TOKEN_IDS_PER_MESSAGE", 7)
+        parts = list(session.prompt_parts(token_ids))
+    assert [token_id for part in parts for token_id in part] == token_ids
+    assert len(parts) == max(1, -(-len(token_ids) // 7))
+    assert all(len(part) == 7 for part in parts[:-1])
 
 
 class Wire:

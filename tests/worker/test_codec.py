@@ -97,16 +97,6 @@ def test_ignored_ends_of_sequence_leave_the_stop_tokens_asked_for() -> None:
     assert sampling.num_logprobs is None
 
 
-@given(st.lists(uint32, max_size=50))
-def test_the_parts_of_a_prompt_are_the_prompt(token_ids: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(codec, "TOKEN_IDS_PER_MESSAGE", 7)
-        parts = list(codec.prompt_parts(token_ids))
-    assert [token_id for part in parts for token_id in part] == token_ids
-    assert len(parts) == max(1, -(-len(token_ids) // 7))
-    assert all(len(part) == 7 for part in parts[:-1])
-
-
 def test_the_largest_part_of_a_prompt_fits_a_message() -> None:
     part = [2**32 - 1] * session.TOKEN_IDS_PER_MESSAGE
     stops = common_pb2.SamplingParams(stop_token_ids=[2**32 - 1] * 64)

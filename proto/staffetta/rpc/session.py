@@ -6,7 +6,7 @@ awaits `run` with a coroutine that consumes `receive`. What the messages mean is
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar, cast
 
 import grpc.aio
@@ -19,6 +19,13 @@ SILENT_HEARTBEATS = 3
 MAX_PENDING_MESSAGES = 16384
 TOKEN_IDS_PER_MESSAGE = 32 * 1024
 """A varint of a token id takes at most 5 bytes, so a full part stays below the message bound."""
+
+
+def prompt_parts(token_ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Splits a prompt into runs that fit one session message each; at least one run, the first may be the only one."""
+    yield token_ids[:TOKEN_IDS_PER_MESSAGE]
+    for start in range(TOKEN_IDS_PER_MESSAGE, len(token_ids), TOKEN_IDS_PER_MESSAGE):
+        yield token_ids[start : start + TOKEN_IDS_PER_MESSAGE]
 
 
 class Numbered(Protocol):
