@@ -20,7 +20,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
 from staffetta.errors import InternalError, StaffettaError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_SHRUNK_RESTARTS = 3
 """Attempts that may start over because the local prefix shrank; then the prompt is computed here."""
@@ -83,7 +83,7 @@ class AwaitingSequences:
         except StaffettaError as error:
             return Ending(sequence, FinishReason.ERROR, error)
         except Exception:
-            logger.exception("request %s: looking for KV elsewhere raised", sequence.request_id)
+            log.exception("request %s: looking for KV elsewhere raised", sequence.request_id)
             return Ending(sequence, FinishReason.ERROR, InternalError("looking for the prompt's KV failed"))
         if offer is None:
             self._compute_here(sequence)
@@ -224,7 +224,7 @@ class AwaitingSequences:
     def _contradiction(self, attempt: _Attempt, event: KVEvent) -> Ending:
         """Ends a request whose source said what cannot be; what a peer sent may be behind it."""
         sequence = attempt.sequence
-        logger.error("request %s: the KV source says %s of %s", sequence.request_id, event, attempt)
+        log.error("request %s: the KV source says %s of %s", sequence.request_id, event, attempt)
         self.abandon(sequence)
         return Ending(sequence, FinishReason.ERROR, InternalError("the prompt's KV did not arrive in order"))
 

@@ -30,7 +30,7 @@ from staffetta.hashing import BlockHasher
 
 __all__ = ["Engine", "EngineCounts", "EngineLimits"]
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,7 @@ class Engine:
             return list(self._runner.run(slices))
         except Exception as error:
             if len(slices) == 1:
-                logger.exception("request %s: its step raised %s", slices[0].request_id, type(error).__name__)
+                log.exception("request %s: its step raised %s", slices[0].request_id, type(error).__name__)
                 return [StepFailedError("computing this request failed; other requests are not affected")]
         middle = len(slices) // 2
         return self._run(slices[:middle]) + self._run(slices[middle:])

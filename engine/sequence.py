@@ -12,7 +12,12 @@ from staffetta.hashing import BlockHash, BlockHasher
 
 
 class SequenceState(Enum):
-    """Where a sequence is. ARCHITECTURE §4 has the arrows."""
+    """Where a sequence is. Cancelling and failure lead from anywhere to FINISHED.
+
+    WAITING ─▶ RUNNING ─▶ FINISHED                         and RUNNING ─▶ WAITING when it is preempted
+    WAITING ─▶ AWAITING_KV ─▶ RUNNING                      KV came from elsewhere; WAITING again when it did not
+    WAITING ─▶ RUNNING ─▶ HELD ─▶ FINISHED                 a prefill, until it is released
+    """
 
     WAITING = "waiting"
     AWAITING_KV = "awaiting_kv"

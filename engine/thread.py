@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.request import StepOutput
 from staffetta.errors import StaffettaError, UnavailableError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class EngineThread:
         try:
             self._loop()
         except BaseException as error:
-            logger.critical("the engine thread failed", exc_info=error)
+            log.critical("the engine thread failed", exc_info=error)
             with self._condition:
                 self._failure = error
             self._drop_commands()
@@ -178,4 +178,4 @@ def _run_logged(command: Callable[[Engine], None], engine: Engine) -> None:
     try:
         command(engine)
     except StaffettaError as error:
-        logger.warning("a command was refused: %s", error.message)
+        log.warning("a command was refused: %s", error.message)
