@@ -1,15 +1,13 @@
 """The REST door: paths, request ids, health, readiness, metrics. Generation itself is in `generate_http`.
 
-Every answer carries `x-request-id`: the client's own when it is safe to echo, else the one this server uses inside.
+Every answer carries `x-request-id`: the client's own, or else the one this server uses inside.
 Every error, also one of routing, has a body in OpenAI's shape.
 """
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Final
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -28,9 +26,8 @@ from gateway.openai_request import parse_chat, parse_completion
 from gateway.openai_response import ChatShape, CompletionShape
 from gateway.prepare import check_model
 from gateway.request import new_request_id
-from staffetta.errors import StaffettaError
-
-_SAFE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+from staffetta import validate
+from staffetta.errors import InvalidRequestError, StaffettaError
 
 log = logging.getLogger(__name__)
 
@@ -126,14 +123,18 @@ class _RequestIds:
             return
         internal = scope[REQUEST_ID_KEY] = new_request_id()
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        shown = given if _SAFE_ID.fullmatch(given) else internal
+        app, shown = self._app, given or internal
+        try:
+            validate.check_client_id(given, param="x-request-id")
+        except InvalidRequestError as error:
+            app, shown = error_response(error), internal
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = shown
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await app(scope, receive, send_with_id)
 
 
 async def _routing_error(request: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ the request is cancelled on its worker and forgotten here.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Final, TypeVar
 from gateway.metrics import InFlight, Metrics
 from gateway.model import Model
 from gateway.output import Output
-from gateway.prepare import Prepared, prepare, tokenize
+from gateway.prepare import Prepared, detokenize, prepare, tokenize
 from gateway.request import Delta, Event, Finished, JourneyRequest, Prompt, Started, new_request_id
 from gateway.router import Demand, Refusal, choose
 from gateway.session import RequestStream
@@ -122,6 +122,10 @@ class Journeys:
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, exactly as `run` computes them."""
         return list(await asyncio.get_running_loop().run_in_executor(self._pool, tokenize, prompt, self.model))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids. Raises InvalidRequestError for one that the vocabulary lacks."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, detokenize, token_ids, self.model)
 
     async def run(self, request: JourneyRequest) -> AsyncGenerator[Event, None]:
         """The request's events: Started, Deltas, Finished. Raises StaffettaError; whoever iterates closes it."""
@@ -273,7 +277,7 @@ class Journeys:
         reason = common_pb2.FINISH_REASON_STOP if has_stop_string else event.finish_reason
         summary = event.summary
         if event.finish_reason == common_pb2.FINISH_REASON_UNSPECIFIED:
-            summary = await _summary_of_cancelled(stream)
+            summary = await _summary_of_cancelled(journey, stream)
         timings = common_pb2.PhaseTimings()
         timings.CopyFrom(summary.timings)
         total_s = asyncio.get_running_loop().time() - journey.arrival
@@ -293,7 +297,7 @@ class Journeys:
         return finished
 
 
-async def _summary_of_cancelled(stream: RequestStream) -> decode_pb2.SequenceSummary:
+async def _summary_of_cancelled(journey: _Journey, stream: RequestStream) -> decode_pb2.SequenceSummary:
     """Cancels a request that has all it needs, and waits, not for long, for what the worker says of it."""
     stream.cancel()
     try:
@@ -303,5 +307,5 @@ async def _summary_of_cancelled(stream: RequestStream) -> decode_pb2.SequenceSum
                 if event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
                     return event.summary
     except (TimeoutError, StaffettaError) as error:
-        log.info("no summary of a request cut by a stop string: %s", type(error).__name__)
+        log.info("%s: cut by a stop string, without the worker's summary: %s", journey.id, type(error).__name__)
         return decode_pb2.SequenceSummary()

@@ -86,6 +86,12 @@ def tokenize(prompt: Prompt, model: Model) -> Sequence[int]:
             assert_never(other)
 
 
+def detokenize(token_ids: Sequence[int], model: Model) -> str:
+    """The text of token ids. Raises InvalidRequestError for one that the vocabulary lacks."""
+    validate.check_token_ids(token_ids, model.limits, param="token_ids")
+    return model.text.decode(token_ids)
+
+
 def _resolve(request: JourneyRequest, model: Model, *, num_left: int) -> Sampling:
     asked, defaults = request.sampling, model.defaults
     wanted = num_left if request.default_max_tokens is None else min(request.default_max_tokens, num_left)

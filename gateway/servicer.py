@@ -6,7 +6,6 @@ where they wait, and they always pass it on.
 
 import asyncio
 import logging
-import re
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, NoReturn, assert_never
 
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
 MAX_MARGIN_S: Final = 0.05
 """How long before a call's deadline the server gives up, so that its answer, which names the phase, still arrives."""
 
-_SAFE_ID: Final = re.compile(r"[\x20-\x7e]{0,128}")
-
 log = logging.getLogger(__name__)
 
 
@@ -59,10 +56,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         remaining_s = context.time_remaining()
         request_id = new_request_id()
         try:
-            if _SAFE_ID.fullmatch(request.request_id) is None:
-                raise InvalidRequestError(
-                    "request_id is not up to 128 printable ASCII characters; shorten it", param="request_id"
-                )
+            validate.check_client_id(request.request_id, param="request_id")
             journey = JourneyRequest(
                 id=request_id,
                 model=request.model,
@@ -112,11 +106,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.DetokenizeRequest, context: "Context"
     ) -> inference_pb2.DetokenizeResponse:
         """The text of token ids."""
-        model = self._journeys.model
         try:
-            check_model(request.model, model)
-            validate.check_token_ids(request.token_ids, model.limits, param="token_ids")
-            return inference_pb2.DetokenizeResponse(text=model.text.decode(request.token_ids))
+            check_model(request.model, self._journeys.model)
+            return inference_pb2.DetokenizeResponse(text=await self._journeys.detokenize(request.token_ids))
         except Exception as error:  # noqa: BLE001 - as in Generate
             await _fail(context, error, "detokenize")
 

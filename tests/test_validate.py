@@ -35,6 +35,18 @@ def make_start(**changes: object) -> decode_pb2.StartRequest:
     return start
 
 
+@pytest.mark.parametrize("client_id", ["", "job:42 <a>", "~" * 128])
+def test_a_clients_id_may_be_anything_that_prints(client_id: str) -> None:
+    validate.check_client_id(client_id, param="request_id")
+
+
+@pytest.mark.parametrize("client_id", ["~" * 129, "a\n", "a\x7f", "\N{LATIN SMALL LETTER E WITH ACUTE}", "\x1b[2J"])
+def test_a_clients_id_that_is_long_or_does_not_print_is_refused_by_name(client_id: str) -> None:
+    with pytest.raises(InvalidRequestError, match=r"^request_id is not up to 128") as refused:
+        validate.check_client_id(client_id, param="request_id")
+    assert refused.value.param == "request_id"
+
+
 @pytest.mark.parametrize(
     ("name", "good", "bad"),
     [

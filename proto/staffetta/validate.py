@@ -23,12 +23,12 @@ MAX_LOGPROBS: Final = 20
 MAX_MESSAGES: Final = 4096
 MAX_TEXT_CHARS: Final = 4 * 2**20
 MAX_SALT_BYTES: Final = 64
-MAX_CLIENT_ID_CHARS: Final = 128
 ROLES: Final = ("system", "user", "assistant")
 
 _UINT32_MAX: Final = 2**32 - 1
 _UINT64_MAX: Final = 2**64 - 1
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_CLIENT_ID = re.compile(r"[\x20-\x7e]{0,128}")
 _REQUEST_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -174,6 +174,12 @@ def check_name(name: str, *, param: str) -> None:
         raise InvalidRequestError(
             f"{param} {name[:64]!r} is not a name; use 1 to 64 of the characters A-Z a-z 0-9 . _ -", param=param
         )
+
+
+def check_client_id(client_id: str, *, param: str) -> None:
+    """Refuses a client's own id of a request unless it can be echoed anywhere, headers included. Empty means none."""
+    if _CLIENT_ID.fullmatch(client_id) is None:
+        raise InvalidRequestError(f"{param} is not up to 128 printable ASCII characters; shorten it", param=param)
 
 
 def check_start(request: decode_pb2.StartRequest, limits: Limits) -> None:

@@ -1,6 +1,8 @@
 """The gRPC door, by a client that knows nothing but what reflection tells it."""
 
 import asyncio
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -12,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from gateway import prepare
 from staffetta.v1 import common_pb2
 from tests.gateway.running import Running, asynchronous, demo_model, ids_of, running
 
@@ -115,6 +118,27 @@ async def test_tokenize_and_detokenize_are_what_generate_does() -> None:
     assert (model.model, model.vocab_size, model.max_model_len) == ("demo", 1024, 2048)
     assert (list(model.eos_token_ids), model.num_parameters, model.numerics_digest) == ([2], 1234, "numerics")
     assert model.model_digest == demo_model().digest
+
+
+@asynchronous
+async def test_text_and_tokens_are_turned_into_each_other_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def spy(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            threads.append(threading.current_thread())
+            return work(*args)
+
+        return run
+
+    monkeypatch.setattr("gateway.journey.tokenize", spy(prepare.tokenize))
+    monkeypatch.setattr("gateway.journey.detokenize", spy(prepare.detokenize))
+    async with running() as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
+        client = await reflect(it, channel)
+        await client.call("Tokenize", {"text": "hi"})
+        await client.call("Detokenize", {"token_ids": ids_of("hi")})
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
 
 
 @asynchronous

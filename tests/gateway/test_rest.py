@@ -127,12 +127,15 @@ async def test_an_answer_tells_of_its_relay() -> None:
 
 
 @asynchronous
-async def test_a_safe_request_id_is_echoed_and_an_unsafe_one_replaced() -> None:
+async def test_a_clients_request_id_is_echoed_and_an_unsafe_one_refused_by_name() -> None:
     async with running() as it:
-        safe = await it.http.get("/health", headers={"x-request-id": "job:42.a_b-c"})
-        unsafe = await it.http.get("/health", headers={"x-request-id": "a b<script>"})
-    assert safe.headers["x-request-id"] == "job:42.a_b-c"
-    assert len(unsafe.headers["x-request-id"]) == 32
+        safe = await it.http.get("/health", headers={"x-request-id": "job:42 a_b-c"})
+        none = await it.http.get("/health")
+        unsafe = [await it.http.get("/health", headers={b"x-request-id": bad}) for bad in (b"na\xefve", b"a" * 129)]
+    assert safe.headers["x-request-id"] == "job:42 a_b-c"
+    assert (none.status_code, len(none.headers["x-request-id"])) == (200, 32)
+    assert [(one.status_code, one.json()["error"]["param"]) for one in unsafe] == [(400, "x-request-id")] * 2
+    assert [len(one.headers["x-request-id"]) for one in unsafe] == [32, 32]
 
 
 @asynchronous
@@ -146,6 +149,18 @@ async def test_a_stop_string_cuts_the_text_and_cancels_the_worker() -> None:
         assert answer["staffetta"]["stop_string"] == "two"
         assert answer["staffetta"]["handoff"]["decode_worker"] == "decode-0"
         assert it.num_in_flight() == 0
+
+
+@asynchronous
+async def test_a_worker_that_sums_up_too_late_is_told_in_the_log_with_the_request(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gateway.journey.SUMMARY_TIMEOUT_S", 0)
+    caplog.set_level("INFO", "gateway.journey")
+    async with running(reply=ids_of("one two three four")) as it:
+        response = await it.http.post(CHAT, json={"messages": HI, "stop": "two", "max_tokens": 50})
+    request_id = response.headers["x-request-id"]
+    assert f"{request_id}: cut by a stop string, without the worker's summary: TimeoutError" in caplog.messages
 
 
 @asynchronous
@@ -249,7 +264,7 @@ async def test_token_ids_are_returned_on_request() -> None:
 
 @asynchronous
 async def test_a_long_prompt_travels_in_parts_and_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.session.TOKEN_IDS_PER_MESSAGE", 300)
+    monkeypatch.setattr("staffetta.rpc.session.TOKEN_IDS_PER_MESSAGE", 300)
     ids = [7 + rank % 900 for rank in range(2000)]
     async with running(reply=ids_of("a")) as it:
         response = await it.http.post(PLAIN, json={"prompt": ids, "max_tokens": 1})
