@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Sequence
 
-from staffetta.config.load import load
+from staffetta.config.load import load_role
 from staffetta.config.schema import DecodeConfig
 from staffetta.exits import run
 
 
 def run_decode(argv: Sequence[str]) -> int:
     """Runs until SIGTERM has drained the worker; the exit code. Raises OperatorError."""
-    config = load(DecodeConfig, argv).config
+    config = load_role(DecodeConfig, argv)
     # Only now: a wrong flag is told at once, not after torch's import.
     from decode_svc.main import main
 

@@ -79,6 +79,9 @@ class Peer(Protocol):
     def read(self, ticket: bytes, reads: list[BlockRead]) -> "Future[int]":
         """Starts reading blocks; resolves when nothing touches the local ones any more."""
 
+    def last_read(self) -> float:
+        """Monotonic time at which a read of the peer's session last ended."""
+
     def cut(self) -> None:
         """Ends the transport's endpoint, and with it every read under way."""
 
@@ -106,6 +109,9 @@ class Handoff:
     group: KVGroup
     record: HandoffRecord
     timeout_s: float
+    """Bounds how long the peer may stand still."""
+    limit_s: float
+    """Bounds the whole attempt, however alive the peer is."""
     post: Callable[[KVEvent], None]
     """Hands an event to the engine thread."""
     emit: Callable[[SampledToken, FinishReason | None], None]
@@ -127,6 +133,8 @@ class Handoff:
     _grant: _Grant | None = None
     _is_announced: bool = False
     _has_first_token: bool = False
+    _num_bytes: int = 0
+    _num_blocks: int = 0
     _reads: "set[Future[int]]" = field(default_factory=set)
 
     # What happens to the attempt
@@ -145,6 +153,9 @@ class Handoff:
         A later attempt's is the same token and goes to the engine alone, which may have missed the earlier: it drops
         news of an attempt that it has just given up.
         """
+        if message.token.index != self.request.first_token_index:
+            self.stop(ProtocolError(f"the first token came with index {message.token.index}"))
+            return
         token = token_from_proto(message.token)
         finish_reason = finish_reason_from_proto(message.finish_reason)
         if self.record.first_token_at is None:
@@ -178,8 +189,10 @@ class Handoff:
         work = asyncio.create_task(self._pull_all(), name=f"handoff-{self.handoff_id}")
         try:
             waiting: set[asyncio.Future[Any]] = {work, self._stopped}
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            done, _ = await asyncio.wait(waiting, timeout=self.limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                self._end(HandoffFailedError(f"the hand-off took longer than {self.limit_s:g} s"))
+            elif not work.done():
                 self._end(self._stopped.result())
             elif (failure := work.exception()) is not None:
                 if not isinstance(failure, StaffettaError):
@@ -200,11 +213,17 @@ class Handoff:
             self.state = HandoffState.PULLING
             failpoint.hit("handoff.pulling")
             num_landed = await self._pull(chunk, grant, num_landed)
-            if num_landed == num_prompt_tokens:
+            if num_landed != chunk.num_ready_tokens or (num_landed == num_prompt_tokens) is not chunk.is_last:
+                raise ProtocolError(
+                    f"a chunk was announced up to token {chunk.num_ready_tokens} (last: {chunk.is_last}) and reached "
+                    f"{num_landed} of {num_prompt_tokens}"
+                )
+            if chunk.is_last:
                 break
             self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
         self.record.landed_at = time.monotonic()
         self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
+        self.record.num_bytes, self.record.num_blocks = self._num_bytes, self._num_blocks
         while not self._has_first_token:
             await self._wait_for_news()
         self.ended_in = self.state = HandoffState.COMMITTED
@@ -248,16 +267,23 @@ class Handoff:
             [BlockRead(entry.block_id, local_id) for entry, local_id in zip(entries, local_ids, strict=True)],
         )
         self._reads.add(read)
-        done, _ = await asyncio.wait({_settled(read)}, timeout=self.timeout_s)
-        if not done:
-            raise HandoffFailedError(f"reading from {self.peer.worker_id} took longer than {self.timeout_s:g} s")
+        await self._wait_for_read(read)
         num_bytes = read.result()
         self._reads.discard(read)
         verified = await asyncio.to_thread(self._verify, entries, local_ids, first, grant)
         self._spoil_if_asked(verified)
-        self.record.num_bytes += num_bytes
-        self.record.num_blocks += len(verified)
+        self._num_bytes += num_bytes
+        self._num_blocks += len(verified)
         return num_landed + sum(block.entry.num_tokens for block in verified)
+
+    async def _wait_for_read(self, read: "Future[int]") -> None:
+        """Waits for a read. Raises HandoffFailedError when for `timeout_s` no read of the whole session has ended."""
+        started = time.monotonic()
+        settled = _settled(read)
+        while not (await asyncio.wait({settled}, timeout=PROGRESS_CHECK_S))[0]:
+            quiet_s = time.monotonic() - max(started, self.peer.last_read())
+            if quiet_s > self.timeout_s:
+                raise HandoffFailedError(f"no read from {self.peer.worker_id} has ended for {quiet_s:.1f} s")
 
     def _verify(
         self, entries: list[BlockEntry], local_ids: tuple[BlockId, ...], first: int, grant: _Grant

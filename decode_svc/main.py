@@ -25,6 +25,7 @@ class DecodeService:
             memory=rank.memory,
             layout=rank.layout,
             timeout_s=config.handoff_timeout_s,
+            limit_s=config.handoff_limit_s,
             lease_s=config.lease_s,
             on_first_token=self._servicer.on_first_token,
             wake_engine=lambda: rank.engine_thread.wake(),
@@ -46,7 +47,7 @@ class DecodeService:
             transports=self._config.transports,
             static_addresses=self._config.prefill_peers,
             heartbeat_s=self._config.heartbeat_s,
-            engine_steps=lambda: rank.engine_thread.num_steps,
+            engine_turns=lambda: rank.engine_thread.num_turns,
             on_change=self._worker.report_now,
         )
         self._source.use(self._peers)
@@ -58,6 +59,10 @@ class DecodeService:
     def num_sessions(self) -> int:
         """Gateways and prefill workers connected."""
         return self._servicer.num_sessions() + len(self.links())
+
+    def prefills_locally(self) -> bool:
+        """As configured."""
+        return self._config.local_prefill == "auto"
 
     def begin_drain(self) -> None:
         """Refuses new requests."""

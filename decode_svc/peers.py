@@ -42,8 +42,9 @@ class PeerSession:
     reader: KVReader
     self_test: SelfTest
     handoffs: dict[str, Handoff] = field(default_factory=dict)
-    _engine_steps: int = -1
+    _engine_turns: int = -1
     _progress_at: float = field(default_factory=time.monotonic)
+    _read_at: float = field(default_factory=time.monotonic)
 
     @property
     def transport(self) -> str:
@@ -56,7 +57,17 @@ class PeerSession:
 
     def read(self, ticket: bytes, reads: list[BlockRead]) -> "Future[int]":
         """Starts reading blocks."""
-        return self.reader.read(ticket, reads)
+        read = self.reader.read(ticket, reads)
+        read.add_done_callback(lambda _: self._note_read())
+        return read
+
+    def last_read(self) -> float:
+        """Monotonic time at which a read of this session last ended: reads queue, and a long queue is no standstill."""
+        return self._read_at
+
+    def _note_read(self) -> None:
+        """On a thread of the transport."""
+        self._read_at = time.monotonic()
 
     def cut(self) -> None:
         """Ends the endpoint, and the session with it: useless without a transport, it is dialled again for both.
@@ -99,8 +110,8 @@ class PeerSession:
 
     def on_heartbeat(self, heartbeat: common_pb2.Heartbeat) -> None:
         """Notes whether the peer's engine advances."""
-        if heartbeat.engine_steps != self._engine_steps:
-            self._engine_steps = heartbeat.engine_steps
+        if heartbeat.engine_turns != self._engine_turns:
+            self._engine_turns = heartbeat.engine_turns
             self._progress_at = time.monotonic()
 
     def lose(self, error: StaffettaError) -> None:
@@ -120,15 +131,15 @@ class Peers:
         transports: Sequence[str],
         static_addresses: Sequence[str],
         heartbeat_s: float,
-        engine_steps: Callable[[], int],
+        engine_turns: Callable[[], int],
         on_change: Callable[[], None],
     ) -> None:
-        """`on_change` is called when a session has begun or ended; `engine_steps` feeds heartbeats."""
+        """`on_change` is called when a session has begun or ended; `engine_turns` feeds heartbeats."""
         self._identity = identity
         self._memory = memory
         self._transports = frozenset(transports)
         self._heartbeat_s = heartbeat_s
-        self._engine_steps = engine_steps
+        self._engine_turns = engine_turns
         self._on_change = on_change
         self._wanted: dict[str, frozenset[str]] = {"": frozenset(static_addresses)}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -202,7 +213,9 @@ class Peers:
         """Opens a session and serves it to its end, which is always a StaffettaError."""
         call = prefill_pb2_grpc.PrefillServiceStub(channel).Session()
         pipe: _Pipe = SessionPipe(call.read, call.write, heartbeat_s=self._heartbeat_s)
-        opening = prefill_pb2.OpenPrefillSession(protocol_version=PROTOCOL_VERSION, identity=self._identity)
+        opening = prefill_pb2.OpenPrefillSession(
+            protocol_version=PROTOCOL_VERSION, identity=self._identity, heartbeat_s=self._heartbeat_s
+        )
         pipe.send(prefill_pb2.PrefillSessionRequest(open=opening))
         try:
             await pipe.run(self._serve(pipe), make_heartbeat=self._heartbeat)
@@ -220,6 +233,7 @@ class Peers:
         if first.WhichOneof("message") != "opened":
             raise ProtocolError("the prefill worker's first message does not open the session")
         check_pair(self._identity, first.opened.identity)
+        pipe.expect_heartbeats(first.opened.heartbeat_s)
         offers = [offer_from_proto(offer) for offer in first.opened.transports]
         reader, self_test = await self._open(offers)
         session = PeerSession(first.opened.identity.worker_id, pipe, reader, self_test)
@@ -282,7 +296,7 @@ class Peers:
         return readers[best.transport]
 
     def _heartbeat(self) -> prefill_pb2.PrefillSessionRequest:
-        return prefill_pb2.PrefillSessionRequest(heartbeat=common_pb2.Heartbeat(engine_steps=self._engine_steps()))
+        return prefill_pb2.PrefillSessionRequest(heartbeat=common_pb2.Heartbeat(engine_turns=self._engine_turns()))
 
     def _changed(self) -> None:
         self.refresh_views()

@@ -36,6 +36,7 @@ from engine.request import (
 from staffetta import validate
 from staffetta.errors import (
     DrainingError,
+    HandoffFailedError,
     IncompatiblePeerError,
     ProtocolError,
     QueueFullError,
@@ -81,12 +82,18 @@ class _Active:
     started_at: float
     prompt: PromptParts | None = None
     first_token_at: float | None = None
-    handed_over_index: int | None = None
-    """Index of the token that a hand-off brought and that was sent at once."""
+    handed_over: SampledToken | None = None
+    """The token that a hand-off brought and that was sent at once."""
 
     def unsent(self, tokens: tuple[SampledToken, ...]) -> list[common_pb2.Token]:
         """`tokens` without the one sent already: the engine draws it again if the hand-off was given up meanwhile."""
-        return [token_to_proto(token) for token in tokens if token.index != self.handed_over_index]
+        sent = self.handed_over
+        return [token_to_proto(token) for token in tokens if sent is None or token.index != sent.index]
+
+    def contradicts(self, tokens: tuple[SampledToken, ...]) -> bool:
+        """Whether the engine drew another token where one was sent already: what follows would not fit the client's."""
+        sent = self.handed_over
+        return sent is not None and any(t.index == sent.index and t.token_id != sent.token_id for t in tokens)
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -124,7 +131,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         try:
             session = await self._open(pipe)
             await pipe.run(self._consume(session), make_heartbeat=self._heartbeat)
-        except StaffettaError as error:
+        except Exception as error:
+            if not isinstance(error, StaffettaError):
+                log.exception("a session ended unexpectedly")
             await abort(context, error)
         finally:
             if session is not None:
@@ -140,6 +149,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise IncompatiblePeerError(
                 f"model_digest is {first.open.model_digest} at the gateway and {ours} here; give both the same model"
             )
+        pipe.expect_heartbeats(first.open.heartbeat_s)
         session = _Session(secrets.token_hex(16), first.open.gateway_id, pipe)
         self._sessions.add(session)
         opened = decode_pb2.DecodeSessionOpened(
@@ -147,6 +157,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             identity=self._rank.identity,
             max_model_len=self._rank.request_limits.max_model_len,
             max_requests=self._max_requests,
+            heartbeat_s=self._heartbeat_s,
         )
         pipe.send(decode_pb2.DecodeSessionResponse(opened=opened))
         log.info("session %s opened by gateway %s", session.session_id, session.gateway_id)
@@ -178,9 +189,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     raise ProtocolError(f"command {other} has no place in an open session")
 
     def _heartbeat(self) -> decode_pb2.DecodeSessionResponse:
+        self._rank.engine_thread.wake()
         return decode_pb2.DecodeSessionResponse(
             heartbeat=common_pb2.Heartbeat(
-                engine_steps=self._rank.engine_thread.num_steps, num_requests=len(self._active)
+                engine_turns=self._rank.engine_thread.num_turns, num_requests=len(self._active)
             )
         )
 
@@ -270,7 +282,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         active = self._active.get(request_id)
         if active is not None:
             active.first_token_at = time.monotonic()
-            active.handed_over_index = token.index
+            active.handed_over = token
             event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[token_to_proto(token)])
             active.session.send([event])
 
@@ -279,6 +291,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         for sequence in output.outputs:
             active = self._active.get(sequence.request_id)
             if active is None:
+                continue
+            if active.contradicts(sequence.tokens):
+                log.error("request %s: recomputing gave another first token than the hand-off", sequence.request_id)
+                self._cancel(sequence.request_id)
+                self._fail(sequence.request_id, HandoffFailedError("recomputing gave another token; send it again"))
                 continue
             if sequence.tokens and active.first_token_at is None:
                 active.first_token_at = time.monotonic()

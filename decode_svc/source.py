@@ -50,6 +50,7 @@ class HandoffSource:
         memory: PoolMemory,
         layout: KVLayout,
         timeout_s: float,
+        limit_s: float,
         lease_s: float,
         on_first_token: FirstTokenSink,
         wake_engine: Callable[[], None],
@@ -58,6 +59,7 @@ class HandoffSource:
         self._memory = memory
         self._layout = layout
         self._timeout_s = timeout_s
+        self._limit_s = limit_s
         self._lease_s = lease_s
         self._on_first_token = on_first_token
         self._wake_engine = wake_engine
@@ -174,6 +176,7 @@ class HandoffSource:
             group=self._layout.groups[0],
             record=route.record,
             timeout_s=self._timeout_s,
+            limit_s=self._limit_s,
             post=self._post,
             emit=lambda token, reason: self._on_first_token(request.request_id, token, reason),
             may_recover=route.may_recover,

@@ -34,7 +34,9 @@ def check_request(request: Request, limits: EngineLimits, *, block_size: int, nu
         )
     if request.credit is not None and request.credit < 0:
         raise InvalidRequestError(f"credit is {request.credit}: 0 is the least", param="credit")
-    _check_length(request, num_new_tokens, limits.max_model_len)
+    # A prefill draws one token, however many its request asks for.
+    num_drawn = 1 if request.kind is RequestKind.PREFILL else num_new_tokens
+    _check_length(request, num_drawn, limits.max_model_len)
     num_computed = len(prompt) if request.kind is RequestKind.PREFILL else len(prompt) + num_new_tokens - 1
     num_needed = -(-num_computed // block_size)
     if num_needed > num_blocks:

@@ -140,11 +140,6 @@ class Engine:
         self._num_steps += 1
         return StepOutput(self._num_steps, (*news, *outputs))
 
-    @property
-    def num_steps(self) -> int:
-        """Steps so far. Any thread may read it."""
-        return self._num_steps
-
     def counts(self) -> EngineCounts:
         """How full the engine is."""
         blocks = self._pool.counts()

@@ -53,6 +53,8 @@ class EngineThread:
         self._is_woken = False
         self._is_stopping = False
         self._failure: BaseException | None = None
+        self._num_turns = 0
+        """Written by the engine thread alone."""
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     @property
@@ -61,9 +63,10 @@ class EngineThread:
         return self._thread.is_alive()
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the engine so far; it grows while there is work, so that a wedged engine shows."""
-        return self._engine.num_steps
+    def num_turns(self) -> int:
+        """Turns of the loop so far; any thread may read it. `wake` makes one, so a number that stays shows a wedged
+        engine."""
+        return self._num_turns
 
     @property
     def failure(self) -> BaseException | None:
@@ -119,7 +122,7 @@ class EngineThread:
         return future
 
     def wake(self) -> None:
-        """Says that the engine's KV source has news."""
+        """Makes the loop turn once: the engine's KV source has news, or somebody wants a sign of life."""
         with self._condition:
             self._is_woken = True
             self._condition.notify()
@@ -146,6 +149,7 @@ class EngineThread:
 
     def _loop(self) -> None:
         while True:
+            self._num_turns += 1
             with self._condition:
                 commands = list(self._commands)
                 self._commands.clear()

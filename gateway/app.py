@@ -17,8 +17,9 @@ from gateway.model import Model
 from gateway.registry import RegistryServicer
 from gateway.servicer import InferenceServicer
 from gateway.workers import Workers
+from staffetta.address import Address, cannot_listen, parse_address
 from staffetta.config.schema import GatewayConfig
-from staffetta.exits import PortError, UsageError
+from staffetta.hashing import key_fingerprint
 from staffetta.rpc.server import BindError, RpcServer
 from staffetta.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
 
@@ -38,9 +39,11 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, model: Model, *, keep_alive_s: float = KEEP_ALIVE_S) -> None:
         self._config = config
+        # Without a key of the configuration nobody else has this one: workers are refused by its fingerprint.
+        self._cluster_key = bytes.fromhex(config.cluster_key) or secrets.token_bytes(32)
         self.workers = Workers(gateway_id=f"gateway-{secrets.token_hex(4)}", heartbeat_s=config.heartbeat_s)
         metrics = Metrics(model.name)
-        self.journeys = Journeys(model, self.workers, metrics, config=config, cluster_key=_cluster_key(config))
+        self.journeys = Journeys(model, self.workers, metrics, config=config, cluster_key=self._cluster_key)
         metrics.watch(self.journeys.in_flight, self.workers)
         self._rpc = self._make_rpc_server()
         app = make_app(self.journeys, metrics, max_body_bytes=config.max_body_bytes, keep_alive_s=keep_alive_s)
@@ -60,18 +63,17 @@ class Gateway:
 
     async def start(self) -> GatewayReady:
         """Opens both doors. Raises OperatorError when an address cannot be had; then nothing is left open."""
-        listener = _listen(self._config.http)
+        listener = _listen(parse_address(self._config.http))
         try:
             grpc_address = await self._rpc.start(self._config.grpc)
         except BindError as error:
             listener.close()
-            raise _taken(self._config.grpc, "grpc") from error
-        host, port = listener.getsockname()[:2]
+            raise cannot_listen(parse_address(self._config.grpc), error, flag="--grpc") from error
         self._tasks = [
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http"),
             asyncio.create_task(self._report_health(), name="health"),
         ]
-        return GatewayReady(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", grpc_address)
+        return GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address)
 
     async def drain(self, *, timeout_s: float) -> None:
         """Takes no new requests; returns when those under way have ended, or `timeout_s` later."""
@@ -94,7 +96,10 @@ class Gateway:
         inference = InferenceServicer(self.journeys, self.workers)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, rpc.grpc)
         registry = RegistryServicer(
-            self.workers, model_digest=self.journeys.model.digest, heartbeat_s=self._config.heartbeat_s
+            self.workers,
+            model_digest=self.journeys.model.digest,
+            key_fingerprint=key_fingerprint(self._cluster_key),
+            heartbeat_s=self._config.heartbeat_s,
         )
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, rpc.grpc)
         return rpc
@@ -137,47 +142,12 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _listen(address: str) -> socket.socket:
-    """A listening socket. Raises UsageError for what is no host:port, PortError for what cannot be bound."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UsageError("BAD_ADDRESS", f"http is {address!r}", why="it must be host:port", fix="--http 127.0.0.1:8000")
-    host = host.strip("[]")
+def _listen(address: Address) -> socket.socket:
+    """A listening socket. Raises PortError for what cannot be bound."""
     try:
-        listener = socket.create_server(
-            (host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
-        )
-    except (OSError, OverflowError) as error:
-        raise _taken(address, "http") from error
+        listener = socket.create_server(address, family=address.family, backlog=_BACKLOG)
+    except OSError as error:
+        raise cannot_listen(address, error, flag="--http") from error
     # Accepted sockets inherit it. Without it a small frame waits for the acknowledgement of the one before, 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
-
-
-def _taken(address: str, flag: str) -> PortError:
-    host = address.rpartition(":")[0]
-    return PortError(
-        "PORT_IN_USE",
-        f"cannot listen on {address}",
-        why="another process listens there, or the address is not this machine's",
-        fix=f"--{flag} {host}:0",
-    )
-
-
-def _cluster_key(config: GatewayConfig) -> bytes:
-    """The configured key, or one that only this process knows: then no worker's cache is recognized, and nothing
-    breaks."""
-    if not config.cluster_key:
-        return secrets.token_bytes(32)
-    try:
-        key = bytes.fromhex(config.cluster_key)
-    except ValueError:
-        key = b""
-    if not 16 <= len(key) <= 64:
-        raise UsageError(
-            "BAD_CLUSTER_KEY",
-            "cluster_key is not 16 to 64 bytes in hexadecimal",
-            why="the gateway and all workers hash prompts with it",
-            fix="--cluster-key $(openssl rand -hex 32)",
-        )
-    return key

@@ -28,9 +28,10 @@ _ROLES: Final = (common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_DECODE)
 class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     """Serves workers. Event loop only."""
 
-    def __init__(self, workers: Workers, *, model_digest: str, heartbeat_s: float) -> None:
+    def __init__(self, workers: Workers, *, model_digest: str, key_fingerprint: str, heartbeat_s: float) -> None:
         self._workers = workers
         self._model_digest = model_digest
+        self._key_fingerprint = key_fingerprint
         self._silence_s = SILENT_HEARTBEATS * heartbeat_s
 
     async def Register(  # type: ignore[override]  # noqa: N802 - the service's name
@@ -92,6 +93,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             raise IncompatiblePeerError(
                 f"model_digest is {identity.model_digest!r} at the worker and {self._model_digest!r} at the gateway; "
                 "start both with the same model"
+            )
+        if identity.key_fingerprint != self._key_fingerprint:
+            raise IncompatiblePeerError(
+                f"key_fingerprint is {identity.key_fingerprint!r} at the worker and {self._key_fingerprint!r} at the "
+                "gateway; start both with the same cluster key"
             )
         return self._workers.join(announcement)
 

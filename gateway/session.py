@@ -6,14 +6,13 @@ however it ends, every request on it ends with WorkerLostError. Event loop only.
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import grpc.aio
 
 from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe, prompt_parts
-from staffetta.rpc.status import error_from_failure, error_from_rpc
+from staffetta.rpc.status import error_from_failure, error_of_call
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 
 STALLED_HEARTBEATS = 5
@@ -34,6 +33,10 @@ class RequestStream:
     def worker_id(self) -> str:
         """The decode worker that runs the request."""
         return self._session.worker_id
+
+    def is_stalled(self) -> bool:
+        """Whether that worker's engine stands still."""
+        return self._session.is_stalled
 
     async def next(self) -> decode_pb2.SequenceEvent:
         """The next event. Raises what ended the request: WorkerLostError, or the failure that the worker reported."""
@@ -77,7 +80,7 @@ class DecodeSession:
         self._streams: dict[str, RequestStream] = {}
         self._is_idle = asyncio.Event()
         self._is_idle.set()
-        self._last_steps = 0
+        self._last_turns = 0
         self._num_stalled = 0
         self.worker_id = worker_id
         self.max_model_len = 0
@@ -130,6 +133,7 @@ class DecodeSession:
             said, found = getattr(announced, name), getattr(opened.identity, name)
             if said != found:
                 raise IncompatiblePeerError(f"the worker announced {name} {said!r} and opened with {found!r}")
+        self._pipe.expect_heartbeats(opened.heartbeat_s)
         self.max_model_len, self.max_requests = opened.max_model_len, opened.max_requests
 
     def heartbeat(self) -> decode_pb2.DecodeSessionRequest:
@@ -157,9 +161,9 @@ class DecodeSession:
         self._is_idle.set()
 
     def _watch(self, heartbeat: common_pb2.Heartbeat) -> None:
-        has_advanced = heartbeat.engine_steps != self._last_steps
-        self._last_steps = heartbeat.engine_steps
-        self._num_stalled = 0 if has_advanced or heartbeat.num_requests == 0 else self._num_stalled + 1
+        has_turned = heartbeat.engine_turns != self._last_turns
+        self._last_turns = heartbeat.engine_turns
+        self._num_stalled = 0 if has_turned else self._num_stalled + 1
 
 
 async def run_session(
@@ -180,7 +184,7 @@ async def run_session(
     session = DecodeSession(pipe, worker.identity.worker_id)
 
     async def serve() -> None:
-        pipe.send(_opening(worker.identity, gateway_id))
+        pipe.send(_opening(worker.identity, gateway_id, heartbeat_s))
         session.accept(await pipe.receive(), worker.identity)
         on_open(session)
         await session.read()
@@ -189,25 +193,18 @@ async def run_session(
         await pipe.run(serve(), make_heartbeat=session.heartbeat)
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
         # A write that meets a finished call says so in general terms; the call's status has the reason.
-        raise await _ending(call) from None
+        raise await error_of_call(call) or WorkerLostError("the worker closed the session") from None
     finally:
         session.lose(WorkerLostError(f"decode worker {session.worker_id} is gone; send the request again"))
         call.cancel()
         await channel.close()
 
 
-def _opening(worker: common_pb2.WorkerIdentity, gateway_id: str) -> decode_pb2.DecodeSessionRequest:
+def _opening(worker: common_pb2.WorkerIdentity, gateway_id: str, heartbeat_s: float) -> decode_pb2.DecodeSessionRequest:
     opening = decode_pb2.OpenDecodeSession(
-        protocol_version=PROTOCOL_VERSION, gateway_id=gateway_id, model_digest=worker.model_digest
+        protocol_version=PROTOCOL_VERSION,
+        gateway_id=gateway_id,
+        model_digest=worker.model_digest,
+        heartbeat_s=heartbeat_s,
     )
     return decode_pb2.DecodeSessionRequest(open=opening)
-
-
-async def _ending(call: "grpc.aio.StreamStreamCall[Any, Any]") -> StaffettaError:
-    """What the status of a finished call says."""
-    if await call.code() is grpc.StatusCode.OK:
-        return WorkerLostError("the worker closed the session")
-    details = grpc.aio.AioRpcError(
-        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), details=await call.details()
-    )
-    return error_from_rpc(details)

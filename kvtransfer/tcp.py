@@ -44,6 +44,7 @@ from kvtransfer.selftest import run_selftest
 from kvtransfer.sessions import Sessions, check_welcome
 from kvtransfer.ticket import TICKET_BYTES, TicketBook, TicketVerdict
 from kvtransfer.transport import BlockRead, SelfTest, TransportOffer, check_reads
+from staffetta.address import parse_address
 from staffetta.errors import TransportError
 from staffetta.failpoint import hit
 
@@ -62,9 +63,8 @@ class TcpExporter:
         self._memory = memory
         self._tickets = tickets
         self._sessions = Sessions()
-        host, port = parse_address(listen)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=LISTEN_BACKLOG)
+        address = parse_address(listen)
+        listening = socket.create_server(address, family=address.family, backlog=LISTEN_BACKLOG)
         try:
             self._endpoint = _endpoint(listening.getsockname()[1], listen=listen, advertise=advertise)
         except ValueError:
@@ -214,21 +214,12 @@ def plan_frames(
     return frames
 
 
-def parse_address(address: str) -> tuple[str, int]:
-    """Splits host:port or [host]:port. Raises ValueError when it is neither."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 def _endpoint(bound_port: int, *, listen: str, advertise: str) -> str:
     """What peers dial: `advertise`, or where we listen; port 0 stands for the port that was bound."""
-    host, port = parse_address(advertise or listen)
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        raise ValueError(f"peers cannot dial {host}: set transfer_advertise to a host:port that they can")
-    shown = f"[{host}]" if ":" in host else host
-    return f"{shown}:{port if advertise and port else bound_port}"
+    address = parse_address(advertise or listen)
+    if address.host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        raise ValueError(f"peers cannot dial {address.host}: set transfer_advertise to a host:port that they can")
+    return str(address._replace(port=address.port if advertise and address.port else bound_port))
 
 
 def _connect(offer: TransportOffer, memory: PoolMemory) -> socket.socket:

@@ -76,6 +76,14 @@ class TicketBook:
             record.block_ids.update(block_ids)
             record.expires_at = self._clock() + lease_s
 
+    def renew(self, ticket: bytes, *, lease_s: float) -> bool:
+        """Lets the lease start anew; False when the ticket is gone, and its blocks can no longer be read."""
+        with self._lock:
+            record = self._tickets.get(ticket)
+            if record is not None:
+                record.expires_at = self._clock() + lease_s
+            return record is not None
+
     def check(self, ticket: bytes, session_key: bytes, block_ids: Iterable[int]) -> TicketVerdict:
         """Says whether `ticket`, shown within the session of `session_key`, covers all of `block_ids`."""
         with self._lock:
@@ -96,12 +104,7 @@ class TicketBook:
         with self._lock:
             self._tickets.pop(ticket, None)
 
-    def sweep(self) -> list[str]:
-        """Drops expired tickets and returns their request ids. The owner calls it from a timer of its own."""
-        with self._lock:
-            return self._drop_expired()
-
-    def _drop_expired(self) -> list[str]:
+    def _drop_expired(self) -> None:
         now = self._clock()
-        expired = [ticket for ticket, record in self._tickets.items() if record.expires_at <= now]
-        return [self._tickets.pop(ticket).request_id for ticket in expired]
+        for ticket in [ticket for ticket, record in self._tickets.items() if record.expires_at <= now]:
+            del self._tickets[ticket]

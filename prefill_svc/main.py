@@ -41,6 +41,10 @@ class PrefillService:
         """Decode workers connected."""
         return self._servicer.num_sessions()
 
+    def prefills_locally(self) -> bool:
+        """It has no requests of its own."""
+        return False
+
     def begin_drain(self) -> None:
         """Refuses new hand-offs."""
         self._servicer.begin_drain()

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -41,6 +42,9 @@ from worker.rank import Rank
 log = logging.getLogger(__name__)
 
 LEASE_SWEEP_S = 0.5
+MAX_HOLD_S = 600.0
+CHUNK_BYTES = 64 * 2**20
+"""Bound of what one announcement makes its reader read at once, so that every read ends soon and shows progress."""
 EVENTS_PER_MESSAGE = 64
 """64 first tokens with 20 alternatives each stay below the message bound; a chunk has a message of its own."""
 
@@ -72,22 +76,34 @@ class _Handoff:
     prompt: PromptParts | None = None
     ticket: bytes = b""
     lease_ends: float | None = None
+    """From the first chunk on; renewed by every sign of life of the session."""
+    held_until: float | None = None
+    """From the first chunk on; no sign of life goes beyond it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Final blocks on their way through the checksum thread."""
+    """Final blocks that their reader has not been told of yet."""
 
     handoff_id: str
     blocks: tuple[FinalBlock, ...]
-    entries: tuple[BlockEntry, ...] = ()
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """All sessions of one prefill worker. Event loop only, except `on_output`, which the engine thread calls."""
 
-    def __init__(self, rank: Rank, exporters: Sequence[KVExporter], *, max_requests: int, heartbeat_s: float) -> None:
+    def __init__(
+        self,
+        rank: Rank,
+        exporters: Sequence[KVExporter],
+        *,
+        max_requests: int,
+        heartbeat_s: float,
+        max_hold_s: float = MAX_HOLD_S,
+    ) -> None:
+        """`max_hold_s` bounds how long announced blocks are held, however alive their reader is."""
         self._rank = rank
+        self._max_hold_s = max_hold_s
         self._exporters = tuple(exporters)
         self._max_requests = max_requests
         self._heartbeat_s = heartbeat_s
@@ -96,7 +112,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._sessions: set[_Session] = set()
         self._handoffs: dict[str, _Handoff] = {}
         self._checksums = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
-        self._blocks_per_message = max(1, MAX_MESSAGE_BYTES // 2 // (64 + 8 * rank.layout.groups[0].num_kv_heads))
+        group = rank.layout.groups[0]
+        entry_bytes = 64 + 8 * group.num_kv_heads
+        self._blocks_per_message = max(1, min(MAX_MESSAGE_BYTES // 2 // entry_bytes, CHUNK_BYTES // group.block_bytes))
         self._is_draining = False
 
     # Sessions
@@ -110,7 +128,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             session = await self._open(pipe)
             await pipe.run(self._consume(session), make_heartbeat=self._heartbeat)
-        except StaffettaError as error:
+        except Exception as error:
+            if not isinstance(error, StaffettaError):
+                log.exception("a session ended unexpectedly")
             await abort(context, error)
         finally:
             if session is not None:
@@ -122,6 +142,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             raise ProtocolError("the first message of a session must open it")
         check_protocol(first.open.protocol_version)
         check_pair(self._rank.identity, first.open.identity)
+        pipe.expect_heartbeats(first.open.heartbeat_s)
         session = _Session(secrets.token_hex(16), first.open.identity.worker_id, pipe)
         offers = [exporter.offer() for exporter in self._exporters]
         session.session_keys = {offer.transport: offer.session_key for offer in offers}
@@ -130,6 +151,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             session_id=session.session_id,
             identity=self._rank.identity,
             transports=[offer_to_proto(offer) for offer in offers],
+            heartbeat_s=self._heartbeat_s,
         )
         pipe.send(prefill_pb2.PrefillSessionResponse(opened=opened))
         log.info("session %s opened by %s", session.session_id, session.peer)
@@ -155,14 +177,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     if message.release.handoff_id in session.handoffs:
                         self._release(message.release.handoff_id)
                 case "heartbeat":
-                    pass
+                    self._renew_leases(session)
                 case other:
                     raise ProtocolError(f"command {other} has no place in an open session")
 
     def _heartbeat(self) -> prefill_pb2.PrefillSessionResponse:
+        self._rank.engine_thread.wake()
         return prefill_pb2.PrefillSessionResponse(
             heartbeat=common_pb2.Heartbeat(
-                engine_steps=self._rank.engine_thread.num_steps, num_requests=len(self._handoffs)
+                engine_turns=self._rank.engine_thread.num_turns, num_requests=len(self._handoffs)
             )
         )
 
@@ -250,9 +273,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         for session, session_events in events.items():
             session.send(session_events)
             self._after_flush(session, "prefill.first_token_sent")
-        if chunks:
-            done = self._checksums.submit(self._with_checksums, chunks)
-            done.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._announce, future))
+        for chunk in chunks:
+            self._checksums.submit(self._checksum, chunk).add_done_callback(partial(self._checksummed, chunk))
 
     def _blocks_to_move(self, handoff: _Handoff, blocks: tuple[FinalBlock, ...]) -> tuple[FinalBlock, ...]:
         """Those of `blocks` that the decode worker does not hold."""
@@ -272,46 +294,45 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             ),
         )
 
-    def _with_checksums(self, chunks: list[_Chunk]) -> list[_Chunk]:
-        """Reads the blocks of `chunks` and fills their entries in. Checksum thread; the blocks are held meanwhile."""
+    def _checksum(self, chunk: _Chunk) -> tuple[BlockEntry, ...]:
+        """Reads the chunk's blocks. Checksum thread; the blocks are held meanwhile."""
         group = self._rank.layout.groups[0]
-        return [
-            _Chunk(
-                chunk.handoff_id,
-                chunk.blocks,
-                tuple(
-                    BlockEntry(
-                        block_id=block.block_id,
-                        block_index=block.block_index,
-                        num_tokens=block.num_tokens,
-                        generation=block.generation,
-                        chain_hash=block.chain_hash or b"",
-                        head_checksums=head_checksums(self._rank.memory.block(block.block_id), group),
-                    )
-                    for block in chunk.blocks
-                ),
+        return tuple(
+            BlockEntry(
+                block_id=block.block_id,
+                block_index=block.block_index,
+                num_tokens=block.num_tokens,
+                generation=block.generation,
+                chain_hash=block.chain_hash or b"",
+                head_checksums=head_checksums(self._rank.memory.block(block.block_id), group),
             )
-            for chunk in chunks
-        ]
+            for block in chunk.blocks
+        )
 
-    def _announce(self, checksummed: "Future[list[_Chunk]]") -> None:
-        events: dict[_Session, list[prefill_pb2.PrefillEvent]] = defaultdict(list)
-        for chunk in checksummed.result():
-            handoff = self._handoffs.get(chunk.handoff_id)
-            if handoff is None:
-                continue
-            try:
-                events[handoff.session].append(self._chunk_ready(handoff, chunk))
-            except StaffettaError as error:
-                self._fail(chunk.handoff_id, error)
-        for session, session_events in events.items():
-            for event in session_events:
-                session.send([event])
-            self._after_flush(session, "prefill.chunk_sent")
+    def _checksummed(self, chunk: _Chunk, entries: "Future[tuple[BlockEntry, ...]]") -> None:
+        """Checksum thread."""
+        self._loop.call_soon_threadsafe(self._announce, chunk, entries)
 
-    def _chunk_ready(self, handoff: _Handoff, chunk: _Chunk) -> prefill_pb2.PrefillEvent:
+    def _announce(self, chunk: _Chunk, checksummed: "Future[tuple[BlockEntry, ...]]") -> None:
+        """Tells the reader of one chunk. Whatever goes wrong fails this hand-off and no other."""
+        handoff = self._handoffs.get(chunk.handoff_id)
+        if handoff is None:
+            return
+        try:
+            event = self._chunk_ready(handoff, chunk, checksummed.result())
+        except Exception as error:
+            if not isinstance(error, StaffettaError):
+                log.exception("hand-off %s: its blocks could not be announced", chunk.handoff_id)
+            self._fail(chunk.handoff_id, error)
+            return
+        handoff.session.send([event])
+        self._after_flush(handoff.session, "prefill.chunk_sent")
+
+    def _chunk_ready(
+        self, handoff: _Handoff, chunk: _Chunk, entries: tuple[BlockEntry, ...]
+    ) -> prefill_pb2.PrefillEvent:
         start = handoff.start
-        block_ids = [entry.block_id for entry in chunk.entries]
+        block_ids = [entry.block_id for entry in entries]
         if not handoff.ticket:
             session_keys = handoff.session.session_keys.values()
             handoff.ticket = self._rank.tickets.issue(start.handoff_id, session_keys, block_ids, lease_s=start.lease_s)
@@ -322,13 +343,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             last = chunk.blocks[-1]
             num_ready_tokens = last.block_index * self._rank.layout.groups[0].block_size + last.num_tokens
         is_last = num_ready_tokens == start.num_prompt_tokens
-        if is_last:
-            handoff.lease_ends = self._loop.time() + start.lease_s
+        now = self._loop.time()
+        handoff.lease_ends = now + start.lease_s
+        handoff.held_until = handoff.held_until or now + self._max_hold_s
         return prefill_pb2.PrefillEvent(
             handoff_id=start.handoff_id,
             chunk_ready=prefill_pb2.ChunkReady(
                 ticket=handoff.ticket,
-                blocks=[entry_to_proto(entry) for entry in chunk.entries],
+                blocks=[entry_to_proto(entry) for entry in entries],
                 num_ready_tokens=num_ready_tokens,
                 is_last=is_last,
             ),
@@ -356,19 +378,21 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             self._rank.tickets.revoke(handoff.ticket)
         self._rank.engine_thread.submit(lambda engine: engine.release(RequestId(handoff_id)))
 
+    def _renew_leases(self, session: _Session) -> None:
+        """The reader is alive: whatever it has been offered stays, up to the bound."""
+        now = self._loop.time()
+        for handoff in (self._handoffs[handoff_id] for handoff_id in session.handoffs):
+            if handoff.ticket and self._rank.tickets.renew(handoff.ticket, lease_s=handoff.start.lease_s):
+                handoff.lease_ends = now + handoff.start.lease_s
+
     async def sweep_leases(self) -> None:
         """Ends hand-offs whose reader did not come in time. Runs on its own timer until cancelled."""
         while True:
             await asyncio.sleep(LEASE_SWEEP_S)
             now = self._loop.time()
-            expired = [
-                key for key, handoff in self._handoffs.items() if handoff.lease_ends and handoff.lease_ends < now
-            ]
-            for handoff_id in expired:
-                lease_s = self._handoffs[handoff_id].start.lease_s
-                self._fail(
-                    handoff_id, HandoffFailedError(f"the blocks were not read within their lease of {lease_s:g} s")
-                )
+            for handoff_id, handoff in tuple(self._handoffs.items()):
+                if handoff.lease_ends is not None and now > min(handoff.lease_ends, handoff.held_until or now):
+                    self._fail(handoff_id, HandoffFailedError("the blocks were not read within their lease"))
 
     # For control and shutdown
 

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 from staffetta import validate
+from staffetta.config.schema import MAX_LEASE_S
 from staffetta.errors import InvalidRequestError
-from staffetta.v1 import decode_pb2, prefill_pb2
-
-MAX_LEASE_S = 600.0
+from staffetta.v1 import common_pb2, decode_pb2, prefill_pb2
 
 
 class PromptParts:
@@ -38,12 +37,17 @@ class PromptParts:
 
 def check_prefill(start: prefill_pb2.StartPrefill, limits: validate.Limits, *, block_size: int) -> None:
     """Checks what a decode worker asks of a prefill worker, by the same rules that the gateway's request passed."""
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(start.sampling)
+    # One token is drawn here, however many the request asks for: the rest needs room on the decode worker alone.
+    sampling.max_tokens = min(sampling.max_tokens, start.first_token_index + 1)
+    sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
     validate.check_start(
         decode_pb2.StartRequest(
             request_id=start.handoff_id,
             num_prompt_tokens=start.num_prompt_tokens,
             token_ids=start.token_ids,
-            sampling=start.sampling,
+            sampling=sampling,
             cache_salt=start.cache_salt,
             first_token_index=start.first_token_index,
         ),

@@ -11,7 +11,7 @@ import grpc.aio
 
 from engine.engine import EngineCounts
 from staffetta import __version__
-from staffetta.errors import InvalidRequestError
+from staffetta.errors import InvalidRequestError, StaffettaError
 from staffetta.rpc.status import abort
 from staffetta.v1 import common_pb2, control_pb2, control_pb2_grpc
 
@@ -69,7 +69,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.GetLoadRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> control_pb2.GetLoadResponse:
         """Counts what the worker holds now."""
-        counts = await self._controlled.counts()
+        try:
+            counts = await self._controlled.counts()
+        except StaffettaError as error:
+            await abort(context, error)
         return control_pb2.GetLoadResponse(
             total_blocks=counts.total_blocks,
             free_blocks=counts.free_blocks,

@@ -17,8 +17,9 @@ import uvloop
 from engine.cache.prefix import CacheEvents
 from engine.engine import EngineCounts
 from staffetta import failpoint
+from staffetta.address import cannot_listen, parse_address
 from staffetta.config.schema import WorkerConfig
-from staffetta.exits import PortError
+from staffetta.exits import UsageError
 from staffetta.rpc import logging as rpc_logging
 from staffetta.rpc.server import BindError, RpcServer
 from staffetta.v1 import common_pb2, control_pb2, control_pb2_grpc, registry_pb2
@@ -29,6 +30,7 @@ from worker.registration import Registration
 log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
+LOAD_PATIENCE_S = 0.2
 
 
 class Service(Protocol):
@@ -45,6 +47,9 @@ class Service(Protocol):
 
     def num_sessions(self) -> int:
         """Open sessions."""
+
+    def prefills_locally(self) -> bool:
+        """Whether the worker may compute prompts of its own requests."""
 
     def begin_drain(self) -> None:
         """Refuses new requests."""
@@ -77,6 +82,8 @@ class Worker:
         self._registration: Registration | None = None
         self._is_draining = False
         self._failed = asyncio.Event()
+        self._asked: asyncio.Future[EngineCounts] | None = None
+        self._last_counts: EngineCounts | None = None
         self._loop = asyncio.get_running_loop()
 
     def on_engine_failure(self, error: BaseException) -> None:
@@ -125,8 +132,16 @@ class Worker:
     # For registration
 
     async def load(self) -> registry_pb2.WorkerLoad:
-        """The load now."""
-        counts = await self.counts()
+        """The load now, or as it was when the engine, in a long step, last had time to tell."""
+        if self._asked is None:
+            self._asked = asyncio.ensure_future(self.counts())
+        done, _ = await asyncio.wait({self._asked}, timeout=LOAD_PATIENCE_S)
+        if done:
+            self._last_counts = self._asked.result()
+            self._asked = None
+        counts = self._last_counts
+        if counts is None:
+            return registry_pb2.WorkerLoad(is_draining=self._is_draining)
         return registry_pb2.WorkerLoad(
             num_running=counts.num_running,
             num_waiting=counts.num_waiting + counts.num_held,
@@ -164,6 +179,8 @@ class Worker:
             )
             self._registration = registration
             log.info("%s serves on %s", self.identity.worker_id, address)
+            if not (config.gateways or getattr(config, "prefill_peers", ())):
+                log.warning("no gateways are set: only peers that are told %s find this worker", address)
             registering = asyncio.create_task(registration.run(), name="registration")
             registering.add_done_callback(_log_failure)
             try:
@@ -183,9 +200,7 @@ class Worker:
         try:
             address = await self._server.start(listen)
         except BindError as error:
-            raise PortError(
-                "PORT_IN_USE", str(error), why="another process may have it", fix="--listen 127.0.0.1:0"
-            ) from error
+            raise cannot_listen(parse_address(listen), error, flag="--listen") from error
         await self._server.set_serving()
         return address
 
@@ -211,12 +226,19 @@ class Worker:
 
     def _announcement(self, address: str) -> registry_pb2.WorkerAnnouncement:
         config = self.rank.config
+        if config.gateways and not config.advertise and address.rpartition(":")[0] in ("0.0.0.0", "[::]"):  # noqa: S104
+            raise UsageError(
+                "ADVERTISE_MISSING",
+                f"the worker listens on {address}, which no peer can dial",
+                why="gateways tell decode workers and each other the address that a worker announces",
+                fix="--advertise $(hostname):PORT",
+            )
         return registry_pb2.WorkerAnnouncement(
             identity=self.identity,
             address=config.advertise or address,
             num_blocks=self.rank.num_blocks,
             max_model_len=self.rank.request_limits.max_model_len,
-            prefills_locally=getattr(config, "local_prefill", "never") == "auto",
+            prefills_locally=self._service.prefills_locally(),
             pool_bytes=self.rank.num_blocks * self.rank.layout.page_bytes,
             num_parameters=self.rank.runner.num_parameters,
             backend=self.backend,

@@ -21,11 +21,12 @@ def check_pair(ours: common_pb2.WorkerIdentity, theirs: common_pb2.WorkerIdentit
         ("layout", _describe(ours.layout), _describe(theirs.layout)),
         ("layout_id", ours.layout.layout_id, theirs.layout.layout_id),
         ("numerics_digest", ours.numerics_digest, theirs.numerics_digest),
+        ("key_fingerprint", ours.key_fingerprint, theirs.key_fingerprint),
     ):
         if here != there:
             raise IncompatiblePeerError(
                 f"{field} is {there} at {theirs.worker_id or 'the peer'} and {here} at {ours.worker_id}; "
-                f"start both with the same model, dtype and block size"
+                f"start both with the same model, dtype, block size and cluster key"
             )
 
 

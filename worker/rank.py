@@ -25,7 +25,7 @@ from kvtransfer.ticket import TicketBook
 from kvtransfer.transport import KVExporter, export
 from staffetta.config.schema import WorkerConfig
 from staffetta.exits import DoesNotFitError, UsageError
-from staffetta.hashing import BlockHasher
+from staffetta.hashing import BlockHasher, key_fingerprint
 from staffetta.identity import model_digest
 from staffetta.v1 import common_pb2
 from staffetta.validate import Limits
@@ -49,8 +49,10 @@ class Rank:
     request_limits: Limits
     """The model's bounds as the validator wants them; the context is also bounded by the pool."""
     eos_token_ids: tuple[int, ...]
+    cluster_key: bytes
     tickets: TicketBook
     _engine_thread: EngineThread | None = None
+    _private_dir: "tempfile.TemporaryDirectory[str] | None" = None
 
     @property
     def engine_thread(self) -> EngineThread:
@@ -70,7 +72,7 @@ class Rank:
         engine = Engine(
             self.runner,
             num_blocks=self.num_blocks,
-            hasher=BlockHasher(_cluster_key(config), block_size=config.block_size),
+            hasher=BlockHasher(self.cluster_key, block_size=config.block_size),
             limits=EngineLimits(
                 max_model_len=self.request_limits.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
@@ -83,6 +85,14 @@ class Rank:
         self._engine_thread = EngineThread(engine, on_output=on_output, on_failure=on_failure)
         self._engine_thread.start()
 
+    def shm_dir(self) -> Path:
+        """Where shm sockets go: the configured directory, else a private one that ends with the rank."""
+        if self.config.shm_dir:
+            return Path(self.config.shm_dir)
+        if self._private_dir is None:
+            self._private_dir = tempfile.TemporaryDirectory(prefix="staffetta-")
+        return Path(self._private_dir.name)
+
     def stop(self) -> None:
         """Ends the engine thread, then the pool's memory. Whoever reads or exports the pool has been closed before."""
         if self._engine_thread is not None:
@@ -90,6 +100,8 @@ class Rank:
         self._engine_thread = None
         del self.runner  # its tensors are views of the memory
         self.memory.close()
+        if self._private_dir is not None:
+            self._private_dir.cleanup()
 
 
 def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Rank:
@@ -121,14 +133,17 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
         model_config.max_position_embeddings,
         num_blocks * config.block_size,
     )
+    # Without a key of the configuration nobody else has this one: peers refuse the pair by its fingerprint.
+    cluster_key = bytes.fromhex(config.cluster_key) or secrets.token_bytes(32)
     identity = common_pb2.WorkerIdentity(
-        worker_id=config.worker_id or f"{_role_name(role)}-{os.getpid()}",
+        worker_id=config.worker_id or f"{_role_name(role)}-{secrets.token_hex(4)}",
         incarnation=secrets.token_hex(8),
         role=role,
         model=config.served_model_name or (EMBEDDED_MODEL if config.model == EMBEDDED_MODEL else directory.name),
         model_digest=digest,
         numerics_digest=runner.numerics_digest,
         layout=layout_to_proto(layout),
+        key_fingerprint=key_fingerprint(cluster_key),
     )
     return Rank(
         config=config,
@@ -139,6 +154,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
         runner=runner,
         request_limits=Limits(vocab_size=model_config.vocab_size, max_model_len=max_model_len),
         eos_token_ids=tuple(model_config.eos_token_ids),
+        cluster_key=cluster_key,
         tickets=TicketBook(),
     )
 
@@ -158,7 +174,7 @@ def open_exporters(rank: Rank) -> list[KVExporter]:
                     transport,
                     rank.memory,
                     tickets=rank.tickets,
-                    shm_dir=Path(config.shm_dir or tempfile.mkdtemp(prefix="staffetta-")),
+                    shm_dir=rank.shm_dir(),
                     listen=config.transfer_listen,
                     advertise=config.transfer_advertise,
                 )
@@ -174,20 +190,6 @@ def open_exporters(rank: Rank) -> list[KVExporter]:
             fix="--transports tcp --transfer-listen 127.0.0.1:0",
         )
     return exporters
-
-
-def _cluster_key(config: WorkerConfig) -> bytes:
-    if not config.cluster_key:
-        return secrets.token_bytes(32)
-    try:
-        key = bytes.fromhex(config.cluster_key)
-        BlockHasher(key, block_size=config.block_size)
-    except ValueError as error:
-        raise UsageError(
-            "BAD_CLUSTER_KEY", "cluster_key is not 16 to 64 bytes in hexadecimal", why="it keys the block-hash chain",
-            fix="STAFFETTA_CLUSTER_KEY=$(openssl rand -hex 32)",
-        ) from error  # fmt: skip
-    return key
 
 
 def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_bytes: int) -> None:

@@ -148,9 +148,8 @@ class Registration:
             if number == 1:
                 report.announcement.CopyFrom(self._announcement)
             report.links.extend(self._reporter.links())
-            if stream.wants_snapshot:
+            if stream.wants_snapshot and (snapshot := await self._snapshot()) is not None:
                 stream.wants_snapshot = False
-                snapshot = await self._reporter.cache_snapshot()
                 stream.changes = dict.fromkeys(snapshot.stored, True)
                 report.is_snapshot = True
             for block_hash, is_stored in stream.take_changes():
@@ -161,6 +160,14 @@ class Registration:
                     await stream.report_now.wait()
             except TimeoutError:
                 continue
+
+    async def _snapshot(self) -> CacheEvents | None:
+        """The whole cache, or None while the engine is in a long step: a report must not wait for that."""
+        try:
+            async with asyncio.timeout(REPORT_INTERVAL_S):
+                return await self._reporter.cache_snapshot()
+        except TimeoutError:
+            return None
 
     async def _read(
         self,

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 ACTIONS = ("kill", "stop", "raise", "on")
 
+FORM = f"NAME:ACTION:NTH with ACTION one of {', '.join(ACTIONS)}"
+"""What a spec looks like."""
+
 
 class FailpointError(RuntimeError):
     """Raised by a failpoint whose action is `raise`."""
@@ -25,15 +28,21 @@ class _Armed:
 _armed: dict[str, _Armed] = {}
 
 
+def parse(spec: str) -> tuple[str, str, int]:
+    """Name, action and count of a spec. Raises ValueError for one that is none."""
+    name, _, rest = spec.partition(":")
+    action, _, nth = rest.partition(":")
+    if not name or action not in ACTIONS or not (nth.isascii() and nth.isdecimal()) or int(nth) < 1:
+        raise ValueError(f"failpoint {spec!r} is not {FORM}")
+    return name, action, int(nth)
+
+
 def arm(specs: tuple[str, ...]) -> None:
     """Arms this process's failpoints, replacing earlier ones. Raises ValueError for a spec that is not one."""
     armed: dict[str, _Armed] = {}
     for spec in specs:
-        name, _, rest = spec.partition(":")
-        action, _, nth = rest.partition(":")
-        if not name or action not in ACTIONS or not nth.isdecimal() or int(nth) < 1:
-            raise ValueError(f"failpoint {spec!r} is not NAME:ACTION:NTH with ACTION one of {', '.join(ACTIONS)}")
-        armed[name] = _Armed(action, int(nth))
+        name, action, nth = parse(spec)
+        armed[name] = _Armed(action, nth)
     _armed.clear()
     _armed.update(armed)
 

@@ -54,6 +54,11 @@ class BlockHasher:
         return BlockHash(hashlib.blake2b(message, key=self._key, digest_size=HASH_BYTES).digest())
 
 
+def key_fingerprint(key: bytes) -> str:
+    """Tells cluster keys apart, in hexadecimal, without telling them; peers compare it before they pair."""
+    return hashlib.blake2b(b"staffetta cluster key", key=key, digest_size=8).hexdigest()
+
+
 def short_hash(block_hash: BlockHash) -> int:
     """The first 8 bytes as an unsigned number: what cache events and the router's index carry."""
     return int.from_bytes(block_hash[:8], "little")

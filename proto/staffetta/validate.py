@@ -1,8 +1,8 @@
 """The one request validator: what a request may hold, and by how much.
 
 Both of the gateway's doors and every worker ask here, so that no bound exists twice. Pure functions over values: each
-returns nothing, or raises an `InvalidRequestError` that names the field, its value, the limit and the fix. Never touches a
-tokenizer, a model or a socket.
+returns nothing, or raises an `InvalidRequestError` that names the field, its value, the limit and the fix. Never
+touches a tokenizer, a model or a socket.
 """
 
 import math
@@ -121,8 +121,8 @@ def check_budget(num_prompt_tokens: int, max_tokens: int | None, limits: Limits,
     if num_prompt_tokens + wanted > limits.max_model_len:
         raise ContextLengthExceededError(
             f"This model's maximum context length is {limits.max_model_len} tokens. The request has "
-            f"{num_prompt_tokens} in the prompt and asks for {'at least ' if max_tokens is None else ''}{wanted} more, together "
-            f"{num_prompt_tokens + wanted}; shorten the prompt or lower max_tokens.",
+            f"{num_prompt_tokens} in the prompt and asks for {'at least ' if max_tokens is None else ''}{wanted} more, "
+            f"together {num_prompt_tokens + wanted}; shorten the prompt or lower max_tokens.",
             param=param,
         )
 
@@ -185,7 +185,7 @@ def check_client_id(client_id: str, *, param: str) -> None:
 def check_start(request: decode_pb2.StartRequest, limits: Limits) -> None:
     """Checks all of what a worker is asked to start: the gateway's word is not enough.
 
-    Sampling must be resolved: temperature, top_p, top_k, seed, max_tokens are set, and stop strings stayed at the gateway.
+    Sampling must be resolved: temperature, top_p, top_k, seed and max_tokens set, stop strings left at the gateway.
     """
     if _REQUEST_ID.fullmatch(request.request_id) is None:
         raise InvalidRequestError("request_id is not 32 hexadecimal digits", param="request_id")

@@ -1,9 +1,11 @@
 """A decode worker without an engine: a real server and a real registration, whose tokens the test decides."""
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from staffetta.hashing import key_fingerprint
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.server import RpcServer
 from staffetta.rpc.session import SessionPipe
@@ -11,6 +13,7 @@ from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2, 
 
 HEARTBEAT_S = 0.25
 BLOCK_SIZE = 16
+CLUSTER_KEY = "00" * 16
 
 Pipe = SessionPipe[decode_pb2.DecodeSessionRequest, decode_pb2.DecodeSessionResponse]
 
@@ -38,6 +41,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
 
     def __init__(self, digest: str, *, worker_id: str = "decode-0", reply: Sequence[int] | None = ()) -> None:
         self.digest = digest
+        self.engine_turns: Iterator[int] = itertools.count()
         self.worker_id = worker_id
         self.incarnation = "1"
         self.reply = reply
@@ -70,6 +74,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
             model_digest=self.digest,
             numerics_digest="numerics",
             layout=common_pb2.KVLayout(layout_id="layout", groups=[common_pb2.KVGroup(block_size=BLOCK_SIZE)]),
+            key_fingerprint=key_fingerprint(bytes.fromhex(CLUSTER_KEY)),
         )
 
     async def start(self, registry: str) -> None:
@@ -114,18 +119,26 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         try:
             await pipe.run(
                 self._serve(pipe, players),
-                make_heartbeat=lambda: decode_pb2.DecodeSessionResponse(heartbeat=common_pb2.Heartbeat(engine_steps=1)),
+                make_heartbeat=self._heartbeat,
             )
         finally:
             for player in players:
                 player.cancel()
+
+    def _heartbeat(self) -> decode_pb2.DecodeSessionResponse:
+        heartbeat = common_pb2.Heartbeat(engine_turns=next(self.engine_turns))
+        return decode_pb2.DecodeSessionResponse(heartbeat=heartbeat)
 
     async def _serve(self, pipe: Pipe, players: "set[asyncio.Task[None]]") -> None:
         first = await pipe.receive()
         assert first is not None
         assert first.open.model_digest == self.digest
         opened = decode_pb2.DecodeSessionOpened(
-            session_id="s", identity=self.identity, max_model_len=self.max_model_len, max_requests=self.max_requests
+            session_id="s",
+            identity=self.identity,
+            max_model_len=self.max_model_len,
+            max_requests=self.max_requests,
+            heartbeat_s=HEARTBEAT_S,
         )
         pipe.send(decode_pb2.DecodeSessionResponse(opened=opened))
         self._pipe = pipe

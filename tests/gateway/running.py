@@ -12,12 +12,12 @@ import httpx
 from gateway.app import Gateway
 from gateway.model import Model, load_model
 from staffetta.config.schema import GatewayConfig
-from tests.gateway.fakes import HEARTBEAT_S, FakeDecodeWorker
+from tests.gateway.fakes import CLUSTER_KEY, HEARTBEAT_S, FakeDecodeWorker
 
 P = ParamSpec("P")
 
 CONFIG = GatewayConfig(
-    http="127.0.0.1:0", grpc="127.0.0.1:0", heartbeat_s=HEARTBEAT_S, start_timeout_s=5.0, cluster_key="00" * 16
+    http="127.0.0.1:0", grpc="127.0.0.1:0", heartbeat_s=HEARTBEAT_S, start_timeout_s=5.0, cluster_key=CLUSTER_KEY
 )
 TIMEOUT_S = 10.0
 

@@ -9,7 +9,9 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from staffetta.hashing import key_fingerprint
 from staffetta.v1 import common_pb2, registry_pb2, registry_pb2_grpc
+from tests.gateway.fakes import CLUSTER_KEY
 from tests.gateway.running import Running, asynchronous, demo_model, eventually, ids_of, running
 
 
@@ -20,6 +22,7 @@ def make_announcement(worker_id: str = "prefill-0", **identity: Any) -> registry
         "role": common_pb2.WORKER_ROLE_PREFILL,
         "model_digest": demo_model().digest,
         "layout": common_pb2.KVLayout(groups=[common_pb2.KVGroup(block_size=16)]),
+        "key_fingerprint": key_fingerprint(bytes.fromhex(CLUSTER_KEY)),
     }
     worker = common_pb2.WorkerIdentity(**(values | identity))
     return registry_pb2.WorkerAnnouncement(identity=worker, address="127.0.0.1:1", num_blocks=8)

@@ -36,7 +36,9 @@ def read_file(path: str) -> Mapping[str, Mapping[str, Any]]:
 def _check_section(path: str, name: str, section: object) -> None:
     if name != COMMON and name not in ROLES:
         hint = f"move {name} into common:" if any(name in settings_of(s) for s in ROLES.values()) else f"remove {name}"
-        raise unknown_setting(f"{path}: no section is called {name}", name, (COMMON, *ROLES), fix=hint)
+        raise unknown_setting(
+            f"{path}: no section is called {name}", name, (COMMON, *ROLES), fix=hint, replacement="call it {}"
+        )
     if section is None:
         return
     if not isinstance(section, dict):
@@ -45,7 +47,13 @@ def _check_section(path: str, name: str, section: object) -> None:
     known = {setting for schema in schemas for setting in settings_of(schema)}
     for key in section:
         if key not in known:
-            raise unknown_setting(f"{path}: {name} has no setting {key}", str(key), known, fix=f"remove {name}.{key}")
+            raise unknown_setting(
+                f"{path}: {name} has no setting {key}",
+                str(key),
+                known,
+                fix=f"remove {name}.{key}",
+                replacement=f"write {name}.{{}} instead",
+            )
 
 
 def _sections() -> str:

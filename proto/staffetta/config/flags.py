@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from staffetta.config.settings import settings_of
-from staffetta.config.unknown import unknown_setting
+from staffetta.config.unknown import nearest, unknown_setting
 from staffetta.exits import UsageError
 
 _DESTINATION = "setting:"
@@ -30,6 +30,7 @@ class FlagParser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=110),
         )
+        self.examples: dict[str, str] = {}  # by flag, a value that it takes
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The parsed words. Raises UsageError, for an unknown flag with the nearest known one."""
@@ -40,7 +41,15 @@ class FlagParser(argparse.ArgumentParser):
         if not word.startswith("-"):
             self.error(f"unexpected argument {word!r}")
         known = {flag for action in self._actions for flag in action.option_strings if flag.startswith("--")}
-        raise unknown_setting(f"{self.prog} has no flag {word}", word, known, fix=f"{self.prog} --help")
+        # The value that was given is not repeated: it may be a secret.
+        value = self.examples.get(nearest(word, known) or "", "")
+        raise unknown_setting(
+            f"{self.prog} has no flag {word}",
+            word,
+            known,
+            fix=f"{self.prog} --help",
+            replacement=f"{self.prog} {{}} {value}".rstrip(),
+        )
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse."""
@@ -62,7 +71,7 @@ class _OnOff(argparse.Action):
         setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
-def add_settings(parser: argparse.ArgumentParser, schema: type, *, skip: frozenset[str] = frozenset()) -> None:
+def add_settings(parser: FlagParser, schema: type, *, skip: frozenset[str] = frozenset()) -> None:
     """Adds a flag for every setting of `schema` but those in `skip`, and `--config`."""
     parser.add_argument("--config", metavar="FILE", default="", help="YAML file with a section per role, and common:")
     group = parser.add_argument_group(
@@ -80,6 +89,7 @@ def add_settings(parser: argparse.ArgumentParser, schema: type, *, skip: frozens
             continue
         default = setting.format(setting.default)
         text = f"{setting.help} (default: {default})" if default else setting.help
+        parser.examples[setting.flag] = setting.example
         group.add_argument(setting.flag, action="append", metavar=setting.metavar, help=_escape(text), **arguments)
 
 

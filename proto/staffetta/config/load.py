@@ -23,11 +23,13 @@ from staffetta.config.environment import PREFIX, process_environment
 from staffetta.config.file import read_file
 from staffetta.config.flags import FlagParser, add_settings, given_flags
 from staffetta.config.origin import DEFAULT, Origin, OriginKind
+from staffetta.config.schema import ModelConfig
 from staffetta.config.settings import ROLES, BadValueError, Setting, role_of, settings_of
 from staffetta.config.unknown import unknown_setting
 from staffetta.exits import UsageError
 
 T = TypeVar("T")
+R = TypeVar("R", bound=ModelConfig)
 
 CONFIG_VARIABLE = f"{PREFIX}CONFIG"
 
@@ -45,6 +47,22 @@ def load(schema: type[T], argv: Sequence[str], *, environ: Mapping[str, str] | N
     parser = FlagParser(prog=f"staffetta {role_of(schema)}", description=(schema.__doc__ or "").partition("\n")[0])
     add_settings(parser, schema)
     return resolve(schema, parser.parse(argv), environ=environ)
+
+
+def load_role(schema: type[R], argv: Sequence[str], *, environ: Mapping[str, str] | None = None) -> R:
+    """Loads a role that was started by itself, whose peers must hash prompts by the same key. Raises UsageError.
+
+    Only `serve` draws a key, because it starts everybody who needs it.
+    """
+    config = load(schema, argv, environ=environ).config
+    if not config.cluster_key:
+        raise UsageError(
+            "CLUSTER_KEY_MISSING",
+            f"{role_of(schema)} has no cluster_key",
+            why="the gateway and all workers of a cluster key their block hashes with the same one",
+            fix=f"export {PREFIX}CLUSTER_KEY=$(openssl rand -hex 32)",
+        )
+    return config
 
 
 def resolve(schema: type[T], flags: argparse.Namespace, *, environ: Mapping[str, str] | None = None) -> Loaded[T]:
@@ -83,7 +101,7 @@ def parse(setting: Setting, text: str, origin: Origin) -> Any:
             "BAD_VALUE",
             f"{origin.where}: {shown} cannot be used for {setting.name}",
             why=f"{setting.help}: {error}",
-            fix=f"{setting.flag} {_example(setting)}",
+            fix=f"{setting.flag} {setting.example}",
         ) from None
 
 
@@ -125,24 +143,19 @@ def _check_variables(environ: Mapping[str, str]) -> None:
             known.update(_variables(name, role))
     for variable in sorted(environ):
         if variable.startswith(PREFIX) and variable not in known:
-            raise unknown_setting(f"no variable is called {variable}", variable, known, fix="unset " + variable)
-
-
-def _example(setting: Setting) -> str:
-    if setting.choices:
-        return setting.choices[0]
-    if setting.form == "key":
-        return "$(openssl rand -hex 32)"
-    if setting.form == "address":
-        return "127.0.0.1:0"
-    default = setting.format(setting.default)
-    return default or str(max(1, setting.minimum))
+            raise unknown_setting(
+                f"no variable is called {variable}",
+                variable,
+                known,
+                fix=f"unset {variable}",
+                replacement=f'export {{}}="${variable}"; unset {variable}',
+            )
 
 
 def _yaml_example(setting: Setting) -> str:
     if setting.kind is str:
-        return f'["{_example(setting)}"]' if setting.is_list else f'"{_example(setting)}"'
-    return _example(setting)
+        return f'["{setting.example}"]' if setting.is_list else f'"{setting.example}"'
+    return setting.example
 
 
 def _yaml_type(value: object) -> str:

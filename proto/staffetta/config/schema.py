@@ -5,18 +5,34 @@ else names a setting. A field's `help` is what `--help` prints; `secret` fields 
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-Form = Literal["plain", "bytes", "address", "key"]
-"""What a setting's text must look like: `bytes` takes 64MiB, `address` is host:port, `key` is 16 to 64 bytes as hex."""
+Form = Literal["plain", "bytes", "address", "key", "failpoint"]
+"""What a setting's text must look like: `bytes` takes 64MiB, `address` is host:port, `key` is 16 to 64 bytes as hex,
+`failpoint` is NAME:ACTION:NTH. A Literal names its choices itself."""
+
+MAX_LEASE_S: Final = 600.0
+"""The longest lease that a prefill worker grants."""
+
+MIN_PERIOD_S: Final = 0.01
+"""The shortest period of what repeats: at 0 it would spin."""
 
 
-def setting(default: Any, text: str, *, form: Form = "plain", minimum: int = 0, secret: bool = False) -> Any:
-    """Declares one setting: its default, its help text, the form of its text, and for a number its least value.
+def setting(
+    default: Any,
+    text: str,
+    *,
+    form: Form = "plain",
+    minimum: float = 0,
+    maximum: float | None = None,
+    secret: bool = False,
+) -> Any:
+    """Declares one setting: its default, its help text, the form of its text, and for a number its bounds, inclusive.
 
     Every number is a count, a size or a duration, hence never negative.
     """
-    return field(default=default, metadata={"help": text, "form": form, "minimum": minimum, "secret": secret})
+    bounds = {"minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata={"help": text, "form": form, "secret": secret} | bounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +43,7 @@ class ModelConfig:
     served_model_name: str = setting("", "name that clients use; empty means the directory's name")
     max_model_len: int = setting(0, "bound on prompt and generated tokens together; 0 means the model's own")
     cluster_key: str = setting(
-        "", "hexadecimal key of the block-hash chain, equal for all; empty draws one", form="key", secret=True
+        "", "hexadecimal key of the block-hash chain, equal for all; serve draws one", form="key", secret=True
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
 
@@ -42,7 +58,7 @@ class WorkerConfig(ModelConfig):
     gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with", form="address")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
     threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
-    block_size: int = setting(16, "token positions in a KV block", minimum=1)
+    block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks in the pool; 0 derives it from kv_memory")
     kv_memory: int = setting(64 * 2**20, "bytes for the KV pool when num_blocks is 0", form="bytes")
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
@@ -51,7 +67,7 @@ class WorkerConfig(ModelConfig):
         1024, "requests held at once, running and waiting; beyond it they are refused", minimum=1
     )
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
-    transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp, loopback")
+    transports: tuple[Literal["shm", "tcp", "loopback"], ...] = setting(("shm", "tcp"), "transports to offer and use")
     shm_dir: str = setting("", "directory of the shm sockets, shared by co-located workers; empty: a private one")
     transfer_listen: str = setting(
         "127.0.0.1:0", "host:port of the tcp transport; port 0 takes a free one", form="address"
@@ -59,11 +75,10 @@ class WorkerConfig(ModelConfig):
     transfer_advertise: str = setting(
         "", "host:port that tcp readers dial; empty means the listening address", form="address"
     )
-    lease_s: float = setting(30.0, "seconds that finished prefill blocks are held without a live session")
-    heartbeat_s: float = setting(1.0, "seconds between heartbeats")
+    heartbeat_s: float = setting(1.0, "seconds between heartbeats", minimum=MIN_PERIOD_S)
     drain_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
     failpoints: tuple[str, ...] = setting(
-        (), "faults to inject, NAME:ACTION:NTH, ACTION kill, stop or raise; for tests"
+        (), "faults to inject, NAME:ACTION:NTH, ACTION kill, stop, raise or on; for tests", form="failpoint"
     )
 
 
@@ -79,8 +94,19 @@ class DecodeConfig(WorkerConfig):
     local_prefill: Literal["auto", "never"] = setting(
         "auto", "auto: short prompts and prompts nobody else can take are prefilled here; never: always hand off"
     )
-    local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which auto prefills here")
-    handoff_timeout_s: float = setting(10.0, "seconds without progress after which a hand-off is given up")
+    local_prefill_max_tokens: int = setting(
+        16, "uncached prompt tokens up to which auto prefills here; 16 is one block, the least that is worth moving"
+    )
+    lease_s: float = setting(
+        30.0,
+        "seconds that a prefill worker holds finished blocks for this worker without hearing of it",
+        minimum=MIN_PERIOD_S,
+        maximum=MAX_LEASE_S,
+    )
+    handoff_timeout_s: float = setting(
+        10.0, "seconds without progress after which a hand-off is given up", minimum=MIN_PERIOD_S
+    )
+    handoff_limit_s: float = setting(300.0, "seconds that one hand-off may take in all, queueing included")
     max_handoff_attempts: int = setting(3, "hand-offs tried before the request is prefilled here or fails", minimum=1)
     prefill_peers: tuple[str, ...] = setting(
         (), "host:port of prefill workers to dial besides those the gateway names", form="address"
@@ -93,14 +119,11 @@ class GatewayConfig(ModelConfig):
 
     http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
     grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door and the registry", form="address")
-    block_size: int = setting(
-        16, "token positions in a KV block, as the workers have it; for prefix-aware routing", minimum=1
-    )
     max_requests: int = setting(4096, "requests in flight; beyond it they are refused with a retry hint", minimum=1)
     max_body_bytes: int = setting(4 * 2**20, "bytes of a request body", form="bytes", minimum=1)
     credit_tokens: int = setting(256, "tokens a worker may produce ahead of a client that does not read", minimum=1)
     start_timeout_s: float = setting(30.0, "seconds a request waits for a worker when none is registered")
-    heartbeat_s: float = setting(1.0, "seconds between heartbeats on sessions")
+    heartbeat_s: float = setting(1.0, "seconds between heartbeats on sessions", minimum=MIN_PERIOD_S)
     drain_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
 
 
@@ -114,19 +137,25 @@ class ServeConfig(ModelConfig):
     grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door", form="address")
     once: str = setting("", "prompt to answer once, then exit")
     no_local_prefill: bool = setting(False, "decode workers never prefill: every prompt is handed over")
-    local_prefill_max_tokens: int = setting(32, "uncached prompt tokens up to which decode prefills on its own")
+    local_prefill_max_tokens: int = setting(
+        16, "uncached prompt tokens up to which decode prefills on its own; 16 is one block"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
     threads: int = setting(0, "threads per worker; 0 shares the cores out")
-    block_size: int = setting(16, "token positions in a KV block", minimum=1)
+    block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks of each worker; 0 derives it from kv_memory")
     kv_memory: int = setting(64 * 2**20, "bytes for each worker's KV pool when num_blocks is 0", form="bytes")
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
-    transports: tuple[str, ...] = setting(("shm", "tcp"), "transports to offer and use: shm, tcp")
+    transports: tuple[Literal["shm", "tcp"], ...] = setting(("shm", "tcp"), "transports to offer and use")
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     drain_s: float = setting(10.0, "seconds that running requests get to finish after Ctrl-C")
-    prefill_failpoints: tuple[str, ...] = setting((), "faults to inject into prefill workers; for tests")
-    decode_failpoints: tuple[str, ...] = setting((), "faults to inject into decode workers; for tests")
+    prefill_failpoints: tuple[str, ...] = setting(
+        (), "faults to inject into prefill workers, NAME:ACTION:NTH; for tests", form="failpoint"
+    )
+    decode_failpoints: tuple[str, ...] = setting(
+        (), "faults to inject into decode workers, NAME:ACTION:NTH; for tests", form="failpoint"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,4 +169,4 @@ class ClientConfig:
     top_p: float | None = setting(None, "share of probability to sample from; unset: the model's own")
     max_tokens: int | None = setting(None, "most tokens to generate; unset: what the context leaves", minimum=1)
     seed: int | None = setting(None, "key of the random numbers; unset: the gateway draws one")
-    timeout_s: float = setting(300.0, "seconds that one answer may take")
+    timeout_s: float = setting(300.0, "seconds that one answer may take", minimum=MIN_PERIOD_S)

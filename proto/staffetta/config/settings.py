@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import MappingProxyType, NoneType
 from typing import Any, Final, Literal, get_args, get_origin
 
+from staffetta import failpoint
+from staffetta.address import parse_address
 from staffetta.config.schema import ClientConfig, DecodeConfig, Form, GatewayConfig, PrefillConfig, ServeConfig
 
 ROLES: Final[Mapping[str, type]] = MappingProxyType(
@@ -29,7 +31,6 @@ _HIDDEN: Final = "(not shown)"
 
 _BYTE_UNITS: Final = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _BYTES: Final = re.compile(r"([0-9]+) ?([KMGT]iB|B|)")
-_ADDRESS: Final = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})
 _FALSE: Final = frozenset({"false", "no", "off", "0"})
 
@@ -51,7 +52,8 @@ class Setting:
     default: Any
     help: str
     form: Form
-    minimum: int
+    minimum: float
+    maximum: float | None
     is_secret: bool
 
     @property
@@ -71,10 +73,21 @@ class Setting:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
         if self.form != "plain":
-            return {"bytes": "BYTES", "address": "HOST:PORT", "key": "HEX"}[self.form]
+            return {"bytes": "BYTES", "address": "HOST:PORT", "key": "HEX", "failpoint": "FAULT"}[self.form]
         if self.kind is float:
             return "SECONDS" if self.name.endswith("_s") else "NUMBER"
         return {int: "N", str: "TEXT"}.get(self.kind, "")
+
+    @property
+    def example(self) -> str:
+        """A text that `parse` takes, or for a key the shell's word for one: the default where there is one."""
+        if self.form == "key":
+            return "$(openssl rand -hex 32)"
+        if self.form == "address":
+            return "127.0.0.1:0"
+        if self.form == "failpoint":
+            return "tcp.serving:kill:1"
+        return self.format(self.default) or next(iter(self.choices), str(max(1, math.ceil(self.minimum))))
 
     def parse(self, text: str) -> Any:
         """The value that `text` stands for; a list is split at commas. Raises BadValueError."""
@@ -118,7 +131,9 @@ class Setting:
         if not math.isfinite(value):
             raise BadValueError("it must be a finite number")
         if value < self.minimum:
-            raise BadValueError(f"it must be at least {self.minimum}")
+            raise BadValueError(f"it must be at least {self.minimum:g}")
+        if self.maximum is not None and value > self.maximum:
+            raise BadValueError(f"it must be at most {self.maximum:g}")
         return value
 
 
@@ -152,6 +167,7 @@ def _setting(field: "dataclasses.Field[Any]") -> Setting:
         help=field.metadata["help"],
         form=field.metadata["form"],
         minimum=field.metadata["minimum"],
+        maximum=field.metadata["maximum"],
         is_secret=field.metadata["secret"],
     )
 
@@ -179,9 +195,15 @@ def _format_bytes(value: int) -> str:
 
 def _parse_text(text: str, setting: Setting) -> str:
     if setting.form == "address" and (text or setting.default not in ("", None)):
-        match = _ADDRESS.fullmatch(text)
-        if match is None or int(match[2]) > 65535:
-            raise BadValueError("it must be host:port, such as 127.0.0.1:8000 or [::1]:8000")
+        try:
+            parse_address(text)
+        except ValueError:
+            raise BadValueError("it must be host:port, such as 127.0.0.1:8000 or [::1]:8000") from None
     if setting.form == "key" and text and not re.fullmatch(r"(?:[0-9a-fA-F]{2}){16,64}", text):
         raise BadValueError("it must be 16 to 64 bytes in hexadecimal; `openssl rand -hex 32` makes one")
+    if setting.form == "failpoint":
+        try:
+            failpoint.parse(text)
+        except ValueError:
+            raise BadValueError(f"it must be {failpoint.FORM}") from None
     return text

@@ -11,8 +11,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
 
 
-def unknown_setting(what: str, name: str, known: Iterable[str], *, fix: str) -> UsageError:
-    """The error for `name`; the nearest known name is the fix, else `fix` is."""
+def unknown_setting(what: str, name: str, known: Iterable[str], *, fix: str, replacement: str) -> UsageError:
+    """The error for `name`. Its fix is `replacement` with the nearest known name for its `{}`, else `fix`."""
     proposal = nearest(name, known)
     why = f"the nearest known name is {proposal}" if proposal else "no known name resembles it"
-    return UsageError("UNKNOWN_SETTING", what, why=why, fix=proposal or fix)
+    return UsageError("UNKNOWN_SETTING", what, why=why, fix=replacement.replace("{}", proposal) if proposal else fix)

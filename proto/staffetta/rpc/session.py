@@ -58,6 +58,7 @@ class SessionPipe(Generic[In, Out]):
         self._read = read
         self._write = write
         self._heartbeat_s = heartbeat_s
+        self._peer_heartbeat_s = heartbeat_s
         self._pending: deque[Out] = deque()
         self._has_pending = asyncio.Event()
         self._is_drained = asyncio.Event()
@@ -70,8 +71,7 @@ class SessionPipe(Generic[In, Out]):
     def send(self, message: Out) -> None:
         """Numbers `message` and queues it. Raises ProtocolError for one above the bound of 256 KiB."""
         message.sequence_number = self._num_sent + 1
-        if message.ByteSize() > MAX_MESSAGE_BYTES:
-            raise ProtocolError(f"a session message has {message.ByteSize()} bytes, the bound is {MAX_MESSAGE_BYTES}")
+        _check_size(message)
         if len(self._pending) >= MAX_PENDING_MESSAGES:
             # From another task than the writer's: that one may be waiting for the peer to read, maybe for ever.
             self.fail(WorkerLostError(f"the peer left {MAX_PENDING_MESSAGES} messages unread"))
@@ -80,6 +80,15 @@ class SessionPipe(Generic[In, Out]):
         self._pending.append(message)
         self._is_drained.clear()
         self._has_pending.set()
+
+    def expect_heartbeats(self, every_s: float) -> None:
+        """Takes the interval that the peer stated when the session opened; until then ours counts.
+
+        Raises ProtocolError for one that is no interval: silence would never, or always, be noticed.
+        """
+        if not 0.01 <= every_s <= 60.0:
+            raise ProtocolError(f"heartbeat_s is {every_s:g} at the peer, must be 0.01 to 60")
+        self._peer_heartbeat_s = every_s
 
     def fail(self, error: StaffettaError) -> None:
         """Makes `run` raise `error` soon. The first call decides."""
@@ -132,9 +141,10 @@ class SessionPipe(Generic[In, Out]):
     async def receive(self) -> In | None:
         """The next message, or None at the stream's end.
 
-        Raises WorkerLostError after three heartbeat intervals of silence and ProtocolError for a gap in the numbers.
+        Raises WorkerLostError after three of the peer's heartbeat intervals without a word, and ProtocolError for a
+        gap in the numbers or a message above the bound.
         """
-        limit_s = self._heartbeat_s * SILENT_HEARTBEATS
+        limit_s = self._peer_heartbeat_s * SILENT_HEARTBEATS
         try:
             async with asyncio.timeout(limit_s):
                 message = await self._read()
@@ -143,9 +153,16 @@ class SessionPipe(Generic[In, Out]):
         if message is grpc.aio.EOF:
             return None
         numbered = cast(In, message)
+        _check_size(numbered)
         self._num_received += 1
         if numbered.sequence_number != self._num_received:
             raise ProtocolError(
                 f"message {numbered.sequence_number} came where {self._num_received} was due; the session ends"
             )
         return numbered
+
+
+def _check_size(message: Numbered) -> None:
+    """Raises ProtocolError for a message above the bound: one that large would hold up every request of the session."""
+    if (num_bytes := message.ByteSize()) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a session message has {num_bytes} bytes, the bound is {MAX_MESSAGE_BYTES}")

@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from staffetta import errors
-from staffetta.errors import Code, InternalError, StaffettaError, WorkerLostError
+from staffetta.errors import Code, InternalError, StaffettaError
 from staffetta.v1 import common_pb2
 
 log = logging.getLogger(__name__)
@@ -88,20 +88,6 @@ async def error_of_call(call: "grpc.aio.StreamStreamCall[Any, Any]") -> Staffett
     details = await call.details()
     initial, trailing = await call.initial_metadata(), await call.trailing_metadata()
     return error_from_rpc(grpc.aio.AioRpcError(code, initial, trailing, details=details))
-
-
-async def error_of_ended(call: "grpc.aio.StreamStreamCall[Any, Any]") -> StaffettaError:
-    """Why a finished session call ended; a peer that closed it in order is a lost worker all the same."""
-    if await call.code() is grpc.StatusCode.OK:
-        return WorkerLostError("the peer closed the session")
-    return error_from_rpc(
-        grpc.aio.AioRpcError(
-            await call.code(),
-            await call.initial_metadata(),
-            await call.trailing_metadata(),
-            details=await call.details(),
-        )
-    )
 
 
 def failure_of(error: BaseException) -> common_pb2.Failure:

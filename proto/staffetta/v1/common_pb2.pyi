@@ -376,7 +376,7 @@ Global___PhaseTimings: _TypeAlias = PhaseTimings  # noqa: Y015
 
 @_typing.final
 class WorkerIdentity(_message.Message):
-    """States what a worker serves; two workers may be paired only when every field but the first three is equal."""
+    """States what a worker serves; two workers may be paired only when every field but the first four is equal."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -387,6 +387,7 @@ class WorkerIdentity(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     NUMERICS_DIGEST_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    KEY_FINGERPRINT_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Names the worker, unique in the cluster, [A-Za-z0-9._-]{1,64}."""
     incarnation: _builtins.str
@@ -399,6 +400,8 @@ class WorkerIdentity(_message.Message):
     """Digests weights, tokenizer and config by content."""
     numerics_digest: _builtins.str
     """Digests everything that may change the bits of a result: kernels, dtype, quantization, rope and attention constants."""
+    key_fingerprint: _builtins.str
+    """Tells cluster keys apart without telling them: workers with different keys cannot know each other's blocks."""
     @_builtins.property
     def layout(self) -> Global___KVLayout:
         """Describes the KV layout."""
@@ -413,10 +416,11 @@ class WorkerIdentity(_message.Message):
         model_digest: _builtins.str = ...,
         numerics_digest: _builtins.str = ...,
         layout: Global___KVLayout | None = ...,
+        key_fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "layout", b"layout", "model", b"model", "model_digest", b"model_digest", "numerics_digest", b"numerics_digest", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "key_fingerprint", b"key_fingerprint", "layout", b"layout", "model", b"model", "model_digest", b"model_digest", "numerics_digest", b"numerics_digest", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -498,21 +502,23 @@ class Heartbeat(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ENGINE_STEPS_FIELD_NUMBER: _builtins.int
+    ENGINE_TURNS_FIELD_NUMBER: _builtins.int
     NUM_REQUESTS_FIELD_NUMBER: _builtins.int
-    engine_steps: _builtins.int
-    """Counts the engine steps so far; equal in successive heartbeats while requests run means a wedged engine."""
+    engine_turns: _builtins.int
+    """Counts turns of the engine thread's loop. Every heartbeat makes it turn, so the same number over several of them
+    means that the engine is wedged, whatever it holds.
+    """
     num_requests: _builtins.int
     """Counts requests that the sender holds for this session."""
     def __init__(
         self,
         *,
-        engine_steps: _builtins.int = ...,
+        engine_turns: _builtins.int = ...,
         num_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_steps", b"engine_steps", "num_requests", b"num_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_turns", b"engine_turns", "num_requests", b"num_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -130,22 +130,26 @@ class OpenDecodeSession(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_S_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """States the protocol's version; refused unless equal or adjacent."""
     gateway_id: _builtins.str
     """Names the gateway process."""
     model_digest: _builtins.str
     """Holds the model digest that the gateway's tokenizer belongs to; refused unless equal."""
+    heartbeat_s: _builtins.float
+    """States the interval of the sender's heartbeats, in seconds; three of silence end the session."""
     def __init__(
         self,
         *,
         protocol_version: _builtins.int = ...,
         gateway_id: _builtins.str = ...,
         model_digest: _builtins.str = ...,
+        heartbeat_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "model_digest", b"model_digest", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "heartbeat_s", b"heartbeat_s", "model_digest", b"model_digest", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,12 +165,15 @@ class DecodeSessionOpened(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     MAX_REQUESTS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_S_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Identifies the session."""
     max_model_len: _builtins.int
     """Bounds prompt and generated tokens together."""
     max_requests: _builtins.int
     """Bounds requests that the worker holds at once, running and waiting."""
+    heartbeat_s: _builtins.float
+    """States the interval of the sender's heartbeats, in seconds; three of silence end the session."""
     @_builtins.property
     def identity(self) -> _common_pb2.WorkerIdentity:
         """States the worker's identity."""
@@ -178,10 +185,11 @@ class DecodeSessionOpened(_message.Message):
         identity: _common_pb2.WorkerIdentity | None = ...,
         max_model_len: _builtins.int = ...,
         max_requests: _builtins.int = ...,
+        heartbeat_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_model_len", b"max_model_len", "max_requests", b"max_requests", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_s", b"heartbeat_s", "identity", b"identity", "max_model_len", b"max_model_len", "max_requests", b"max_requests", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

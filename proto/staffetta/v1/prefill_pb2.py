@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from staffetta.v1 import common_pb2 as staffetta_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astaffetta/v1/prefill.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\xb5\x02\n\x15PrefillSessionRequest\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x30\n\x04open\x18\x02 \x01(\x0b\x32 .staffetta.v1.OpenPrefillSessionH\x00\x12+\n\x05start\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.StartPrefillH\x00\x12:\n\rappend_prompt\x18\x04 \x01(\x0b\x32!.staffetta.v1.AppendPrefillPromptH\x00\x12/\n\x07release\x18\x05 \x01(\x0b\x32\x1c.staffetta.v1.ReleasePrefillH\x00\x12,\n\theartbeat\x18\x06 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07\x63ommand\"<\n\x13\x41ppendPrefillPrompt\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xcf\x01\n\x16PrefillSessionResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x34\n\x06opened\x18\x02 \x01(\x0b\x32\".staffetta.v1.PrefillSessionOpenedH\x00\x12-\n\x06\x65vents\x18\x03 \x01(\x0b\x32\x1b.staffetta.v1.PrefillEventsH\x00\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07message\"^\n\x12OpenPrefillSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12.\n\x08identity\x18\x02 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\"\x8c\x01\n\x14PrefillSessionOpened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\x08identity\x18\x02 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x30\n\ntransports\x18\x03 \x03(\x0b\x32\x1c.staffetta.v1.TransportOffer\"^\n\x0eTransportOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bsession_key\x18\x03 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\"\xff\x01\n\x0cStartPrefill\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x17\n\x0fnum_held_tokens\x18\x05 \x01(\r\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.staffetta.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x0f\n\x07lease_s\x18\x08 \x01(\x01\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x19\n\x11\x66irst_token_index\x18\n \x01(\r\"$\n\x0eReleasePrefill\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\";\n\rPrefillEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.staffetta.v1.PrefillEvent\"\xb6\x01\n\x0cPrefillEvent\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12/\n\x0b\x63hunk_ready\x18\x02 \x01(\x0b\x32\x18.staffetta.v1.ChunkReadyH\x00\x12/\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.FirstTokenH\x00\x12\'\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x15.staffetta.v1.FailureH\x00\x42\x07\n\x05\x65vent\"q\n\nChunkReady\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12(\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x18.staffetta.v1.BlockEntry\x12\x18\n\x10num_ready_tokens\x18\x03 \x01(\r\x12\x0f\n\x07is_last\x18\x04 \x01(\x08\"\x87\x01\n\nBlockEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\x13\n\x0b\x62lock_index\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x12\n\nchain_hash\x18\x05 \x01(\x0c\x12\x16\n\x0ehead_checksums\x18\x06 \x03(\x06\"\x9e\x01\n\nFirstToken\x12\"\n\x05token\x18\x01 \x01(\x0b\x32\x13.staffetta.v1.Token\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.staffetta.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x32j\n\x0ePrefillService\x12X\n\x07Session\x12#.staffetta.v1.PrefillSessionRequest\x1a$.staffetta.v1.PrefillSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astaffetta/v1/prefill.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\xb5\x02\n\x15PrefillSessionRequest\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x30\n\x04open\x18\x02 \x01(\x0b\x32 .staffetta.v1.OpenPrefillSessionH\x00\x12+\n\x05start\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.StartPrefillH\x00\x12:\n\rappend_prompt\x18\x04 \x01(\x0b\x32!.staffetta.v1.AppendPrefillPromptH\x00\x12/\n\x07release\x18\x05 \x01(\x0b\x32\x1c.staffetta.v1.ReleasePrefillH\x00\x12,\n\theartbeat\x18\x06 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07\x63ommand\"<\n\x13\x41ppendPrefillPrompt\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\xcf\x01\n\x16PrefillSessionResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x34\n\x06opened\x18\x02 \x01(\x0b\x32\".staffetta.v1.PrefillSessionOpenedH\x00\x12-\n\x06\x65vents\x18\x03 \x01(\x0b\x32\x1b.staffetta.v1.PrefillEventsH\x00\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07message\"s\n\x12OpenPrefillSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12.\n\x08identity\x18\x02 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\"\xa1\x01\n\x14PrefillSessionOpened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\x08identity\x18\x02 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x30\n\ntransports\x18\x03 \x03(\x0b\x32\x1c.staffetta.v1.TransportOffer\x12\x13\n\x0bheartbeat_s\x18\x04 \x01(\x01\"^\n\x0eTransportOffer\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x13\n\x0bsession_key\x18\x03 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\"\xff\x01\n\x0cStartPrefill\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x17\n\x0fnum_held_tokens\x18\x05 \x01(\r\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.staffetta.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x0f\n\x07lease_s\x18\x08 \x01(\x01\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x19\n\x11\x66irst_token_index\x18\n \x01(\r\"$\n\x0eReleasePrefill\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\";\n\rPrefillEvents\x12*\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1a.staffetta.v1.PrefillEvent\"\xb6\x01\n\x0cPrefillEvent\x12\x12\n\nhandoff_id\x18\x01 \x01(\t\x12/\n\x0b\x63hunk_ready\x18\x02 \x01(\x0b\x32\x18.staffetta.v1.ChunkReadyH\x00\x12/\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.FirstTokenH\x00\x12\'\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x15.staffetta.v1.FailureH\x00\x42\x07\n\x05\x65vent\"q\n\nChunkReady\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12(\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x18.staffetta.v1.BlockEntry\x12\x18\n\x10num_ready_tokens\x18\x03 \x01(\r\x12\x0f\n\x07is_last\x18\x04 \x01(\x08\"\x87\x01\n\nBlockEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\r\x12\x13\n\x0b\x62lock_index\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x12\n\nchain_hash\x18\x05 \x01(\x0c\x12\x16\n\x0ehead_checksums\x18\x06 \x03(\x06\"\x9e\x01\n\nFirstToken\x12\"\n\x05token\x18\x01 \x01(\x0b\x32\x13.staffetta.v1.Token\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.staffetta.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x32j\n\x0ePrefillService\x12X\n\x07Session\x12#.staffetta.v1.PrefillSessionRequest\x1a$.staffetta.v1.PrefillSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,25 +39,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLSESSIONRESPONSE']._serialized_start=446
   _globals['_PREFILLSESSIONRESPONSE']._serialized_end=653
   _globals['_OPENPREFILLSESSION']._serialized_start=655
-  _globals['_OPENPREFILLSESSION']._serialized_end=749
-  _globals['_PREFILLSESSIONOPENED']._serialized_start=752
-  _globals['_PREFILLSESSIONOPENED']._serialized_end=892
-  _globals['_TRANSPORTOFFER']._serialized_start=894
-  _globals['_TRANSPORTOFFER']._serialized_end=988
-  _globals['_STARTPREFILL']._serialized_start=991
-  _globals['_STARTPREFILL']._serialized_end=1246
-  _globals['_RELEASEPREFILL']._serialized_start=1248
-  _globals['_RELEASEPREFILL']._serialized_end=1284
-  _globals['_PREFILLEVENTS']._serialized_start=1286
-  _globals['_PREFILLEVENTS']._serialized_end=1345
-  _globals['_PREFILLEVENT']._serialized_start=1348
-  _globals['_PREFILLEVENT']._serialized_end=1530
-  _globals['_CHUNKREADY']._serialized_start=1532
-  _globals['_CHUNKREADY']._serialized_end=1645
-  _globals['_BLOCKENTRY']._serialized_start=1648
-  _globals['_BLOCKENTRY']._serialized_end=1783
-  _globals['_FIRSTTOKEN']._serialized_start=1786
-  _globals['_FIRSTTOKEN']._serialized_end=1944
-  _globals['_PREFILLSERVICE']._serialized_start=1946
-  _globals['_PREFILLSERVICE']._serialized_end=2052
+  _globals['_OPENPREFILLSESSION']._serialized_end=770
+  _globals['_PREFILLSESSIONOPENED']._serialized_start=773
+  _globals['_PREFILLSESSIONOPENED']._serialized_end=934
+  _globals['_TRANSPORTOFFER']._serialized_start=936
+  _globals['_TRANSPORTOFFER']._serialized_end=1030
+  _globals['_STARTPREFILL']._serialized_start=1033
+  _globals['_STARTPREFILL']._serialized_end=1288
+  _globals['_RELEASEPREFILL']._serialized_start=1290
+  _globals['_RELEASEPREFILL']._serialized_end=1326
+  _globals['_PREFILLEVENTS']._serialized_start=1328
+  _globals['_PREFILLEVENTS']._serialized_end=1387
+  _globals['_PREFILLEVENT']._serialized_start=1390
+  _globals['_PREFILLEVENT']._serialized_end=1572
+  _globals['_CHUNKREADY']._serialized_start=1574
+  _globals['_CHUNKREADY']._serialized_end=1687
+  _globals['_BLOCKENTRY']._serialized_start=1690
+  _globals['_BLOCKENTRY']._serialized_end=1825
+  _globals['_FIRSTTOKEN']._serialized_start=1828
+  _globals['_FIRSTTOKEN']._serialized_end=1986
+  _globals['_PREFILLSERVICE']._serialized_start=1988
+  _globals['_PREFILLSERVICE']._serialized_end=2094
 # @@protoc_insertion_point(module_scope)

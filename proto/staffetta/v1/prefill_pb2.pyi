@@ -151,8 +151,11 @@ class OpenPrefillSession(_message.Message):
 
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_S_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """States the protocol's version; refused unless equal or adjacent."""
+    heartbeat_s: _builtins.float
+    """States the interval of the sender's heartbeats, in seconds; three of silence end the session."""
     @_builtins.property
     def identity(self) -> _common_pb2.WorkerIdentity:
         """States the decode worker's identity, which must match the prefill worker's."""
@@ -162,10 +165,11 @@ class OpenPrefillSession(_message.Message):
         *,
         protocol_version: _builtins.int = ...,
         identity: _common_pb2.WorkerIdentity | None = ...,
+        heartbeat_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "protocol_version", b"protocol_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_s", b"heartbeat_s", "identity", b"identity", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,8 +184,11 @@ class PrefillSessionOpened(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
     TRANSPORTS_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_S_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """Identifies the session."""
+    heartbeat_s: _builtins.float
+    """States the interval of the sender's heartbeats, in seconds; three of silence end the session."""
     @_builtins.property
     def identity(self) -> _common_pb2.WorkerIdentity:
         """States the prefill worker's identity."""
@@ -196,10 +203,11 @@ class PrefillSessionOpened(_message.Message):
         session_id: _builtins.str = ...,
         identity: _common_pb2.WorkerIdentity | None = ...,
         transports: _abc.Iterable[Global___TransportOffer] | None = ...,
+        heartbeat_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "session_id", b"session_id", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_s", b"heartbeat_s", "identity", b"identity", "session_id", b"session_id", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
