@@ -1,7 +1,8 @@
 """Answers one generation over HTTP, whole or as a stream of events, and ends it when the client leaves.
 
 Nothing is sent before the first output is there, so that errors until then are plain HTTP errors; after that an error
-is an event of the stream. While nothing comes for a while, a comment keeps the connection alive.
+is an event of the stream. From then on, while the engine advances but nothing comes, a comment keeps the connection
+alive.
 """
 
 import asyncio
@@ -20,8 +21,8 @@ from gateway.fields import parse_object
 from gateway.http_error import HttpError, error_body, error_response
 from gateway.journey import Journeys
 from gateway.openai_request import ParsedRequest
-from gateway.openai_response import Json, Shape, headers
-from gateway.request import Delta, Event, Finished, JourneyRequest, Started
+from gateway.openai_response import DECODE_WORKER, Json, Shape, headers
+from gateway.request import Delta, Event, Finished, JourneyRequest, Placed, Started
 from staffetta.errors import StaffettaError
 
 REQUEST_ID_KEY: Final = "staffetta.request_id"
@@ -109,7 +110,7 @@ class GenerateEndpoint:
             async with (
                 stream.kept_alive(),
                 aclosing(self._journeys.run(journey)) as events,
-                aclosing(self._chunks(parsed, events)) as chunks,
+                aclosing(self._chunks(parsed, events, stream)) as chunks,
             ):
                 async for chunk in chunks:
                     await stream.write(b"data: " + _to_json(chunk) + b"\n\n")
@@ -124,7 +125,9 @@ class GenerateEndpoint:
             await stream.write(_DONE)
         await stream.end()
 
-    async def _chunks(self, parsed: ParsedRequest, events: AsyncIterator[Event]) -> AsyncGenerator[Json, None]:
+    async def _chunks(
+        self, parsed: ParsedRequest, events: AsyncIterator[Event], stream: "EventStream"
+    ) -> AsyncGenerator[Json, None]:
         """The events as chunks; the opening one waits for the first output, so that a refusal can be an HTTP error."""
         shape: Shape | None = None
         opening: Json | None = None
@@ -132,6 +135,9 @@ class GenerateEndpoint:
             if isinstance(event, Started):
                 shape = self._shape(parsed, event)
                 opening = shape.first()
+                continue
+            if isinstance(event, Placed):
+                stream.place(event)
                 continue
             if shape is None:
                 continue
@@ -165,13 +171,24 @@ class EventStream:
         self._keep_alive_s = keep_alive_s
         self._turn = asyncio.Lock()
         self._last_write = 0.0
-        self.has_begun = False
+        self._begun = asyncio.Event()
+        self._placed: Placed | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything was sent, so that the status is."""
+        return self._begun.is_set()
+
+    def place(self, placed: Placed) -> None:
+        """Hears which worker the output will come from."""
+        self._placed = placed
+        self._headers[DECODE_WORKER] = placed.decode_worker
 
     async def write(self, data: bytes) -> None:
         """Sends `data`; waits while the client does not read."""
         async with self._turn:
             if not self.has_begun:
-                self.has_begun = True
+                self._begun.set()
                 raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
                 await self._send({"type": "http.response.start", "status": 200, "headers": raw})
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -183,7 +200,7 @@ class EventStream:
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[None]:
-        """Writes a comment whenever nothing was written for a while."""
+        """Writes a comment whenever nothing was written for a while, once begun, unless the engine stands still."""
         task = asyncio.create_task(self._keep_alive(), name="sse-keep-alive")
         try:
             yield
@@ -193,13 +210,15 @@ class EventStream:
 
     async def _keep_alive(self) -> None:
         now = asyncio.get_running_loop().time
-        self._last_write = now()
+        await self._begun.wait()
         while True:
             silence_s = now() - self._last_write
-            if silence_s >= self._keep_alive_s:
+            if silence_s < self._keep_alive_s:
+                await asyncio.sleep(self._keep_alive_s - silence_s)
+            elif self._placed is None or not self._placed.is_stalled():
                 await self.write(_COMMENT)
             else:
-                await asyncio.sleep(self._keep_alive_s - silence_s)
+                await asyncio.sleep(self._keep_alive_s)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

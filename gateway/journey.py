@@ -22,7 +22,7 @@ from gateway.metrics import InFlight, Metrics
 from gateway.model import Model
 from gateway.output import Output
 from gateway.prepare import Prepared, detokenize, prepare, tokenize
-from gateway.request import Delta, Event, Finished, JourneyRequest, Prompt, Started, new_request_id
+from gateway.request import Delta, Event, Finished, JourneyRequest, Placed, Prompt, Started, new_request_id
 from gateway.router import Demand, Refusal, choose
 from gateway.session import RequestStream
 from gateway.workers import Workers
@@ -128,7 +128,7 @@ class Journeys:
         return await asyncio.get_running_loop().run_in_executor(self._pool, detokenize, token_ids, self.model)
 
     async def run(self, request: JourneyRequest) -> AsyncGenerator[Event, None]:
-        """The request's events: Started, Deltas, Finished. Raises StaffettaError; whoever iterates closes it."""
+        """The request's events: Started, Placed, Deltas, Finished. Raises StaffettaError; who iterates closes it."""
         journey = self._admit(request)
         try:
             prepared = await journey.within_deadline(self._prepare(request), "preparing the prompt")
@@ -141,6 +141,7 @@ class Journeys:
                 dispatch = self._dispatch(request, prepared, request_id, refused)
                 stream = await journey.within_deadline(dispatch, "waiting for a worker")
                 try:
+                    yield Placed(stream.worker_id, stream.is_stalled)
                     async with aclosing(self._relay(journey, prepared, stream)) as events:
                         async for event in events:
                             yield event

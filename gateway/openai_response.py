@@ -16,6 +16,8 @@ from staffetta.v1 import common_pb2
 
 Json = dict[str, object]
 
+DECODE_WORKER: Final = "staffetta-decode-worker"
+"""The header that names the decode worker."""
 LEAST_LOGPROB: Final = -9999.0
 """What stands for a probability of zero: JSON has no infinity."""
 
@@ -222,7 +224,7 @@ def extension(started: Started, finished: Finished) -> Json:
 
 
 def headers(finished: Finished) -> dict[str, str]:
-    """What an answer in one piece says in its headers."""
+    """What an answer in one piece says in its headers; what there was not has none."""
     timings = finished.timings
     phases = (
         ("gateway", timings.gateway_s),
@@ -231,11 +233,12 @@ def headers(finished: Finished) -> dict[str, str]:
         ("transfer", timings.transfer_s),
         ("decode", timings.decode_s),
     )
-    return {
+    found = {
         "server-timing": ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in phases),
         "staffetta-prefill-worker": finished.handoff.prefill_worker,
-        "staffetta-decode-worker": finished.handoff.decode_worker,
+        DECODE_WORKER: finished.handoff.decode_worker,
     }
+    return {name: value for name, value in found.items() if value}
 
 
 def finite(logprob: float) -> float:

@@ -1,7 +1,7 @@
 """What both doors hand to the journey, and what the journey hands back. Values only."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gateway.template import Message
@@ -68,6 +68,17 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """The request is with a decode worker; comes again when that one is lost before any output.
+
+    `is_stalled` says, whenever asked, whether the worker's engine stands still.
+    """
+
+    decode_worker: str
+    is_stalled: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New output, never what was sent before. `text` may lag behind `tokens`."""
 
@@ -86,4 +97,4 @@ class Finished:
     stop_string: str | None
 
 
-Event = Started | Delta | Finished
+Event = Started | Placed | Delta | Finished

@@ -16,9 +16,9 @@ from gateway.prepare import check_model
 from gateway.request import (
     ChatPrompt,
     Delta,
-    Event,
     Finished,
     JourneyRequest,
+    Placed,
     Prompt,
     Started,
     TextPrompt,
@@ -68,7 +68,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             )
             async with aclosing(self._journeys.run(journey)) as events:
                 async for event in events:
-                    await context.write(_to_wire(event, request.request_id))
+                    if not isinstance(event, Placed):
+                        await context.write(_to_wire(event, request.request_id))
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets a status and the log the cause
             await _fail(context, error, request_id)
 
@@ -147,7 +148,7 @@ def _chat(chat: inference_pb2.ChatPrompt) -> ChatPrompt:
     return ChatPrompt(tuple(Message(message.role, message.content) for message in chat.messages))
 
 
-def _to_wire(event: Event, client_id: str) -> inference_pb2.GenerateResponse:
+def _to_wire(event: Started | Delta | Finished, client_id: str) -> inference_pb2.GenerateResponse:
     match event:
         case Started():
             started = inference_pb2.GenerateStarted(

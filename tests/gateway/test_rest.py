@@ -1,13 +1,15 @@
 """The REST door with the real client: shapes, streaming, parameters, and what each answer says of the relay."""
 
+import asyncio
 import json
+from contextlib import aclosing
 from typing import Any
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from staffetta.v1 import common_pb2
+from staffetta.v1 import common_pb2, decode_pb2
 from tests.gateway.running import Running, asynchronous, ids_of, running
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
@@ -88,18 +90,22 @@ async def test_a_stream_is_byte_for_byte_what_the_protocol_says() -> None:
     last = f'data: {head}[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"stop"}}]'
     assert response.text.partition(',"staffetta"')[0] == "".join(chunks) + last
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["staffetta-decode-worker"] == "decode-0"
     assert response.text.endswith("}}\n\ndata: [DONE]\n\n")
 
 
 @asynchronous
 async def test_text_that_is_long_in_coming_is_bridged_by_comments() -> None:
     async with running(reply=None, keep_alive_s=0.02) as it:
-        body = {"model": "demo", "messages": HI, "stream": True}
-        async with it.http.stream("POST", CHAT, json=body) as response:
+        request = it.http.build_request("POST", CHAT, json={"messages": HI, "stream": True})
+        sent = asyncio.ensure_future(it.http.send(request, stream=True))
+        start = await it.worker.starts.get()
+        it.worker.emit(start.request_id, ids_of("a"))
+        async with aclosing(await sent) as response:
             lines = response.aiter_lines()
-            assert await anext(lines) == ": keep-alive"
-            start = await it.worker.starts.get()
-            it.worker.emit(start.request_id, ids_of("a"), finish=common_pb2.FINISH_REASON_STOP)
+            while await anext(lines) != ": keep-alive":
+                pass
+            it.worker.emit(start.request_id, ids_of("b"), at=1, finish=common_pb2.FINISH_REASON_STOP)
             rest = [line async for line in lines if line.startswith("data: ")]
     assert rest[-1] == "data: [DONE]"
 
@@ -124,6 +130,15 @@ async def test_an_answer_tells_of_its_relay() -> None:
     ]
     assert answer["timings"]["decode_s"] == 0.0004
     assert answer["timings"]["gateway_s"] > 0
+
+
+@asynchronous
+async def test_what_was_not_there_has_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gateway.fakes.SUMMARY", decode_pb2.SequenceSummary())
+    async with running(reply=ids_of("a")) as it:
+        response = await it.http.post(CHAT, json={"messages": HI})
+    assert response.headers["staffetta-decode-worker"] == "decode-0"
+    assert "staffetta-prefill-worker" not in response.headers
 
 
 @asynchronous

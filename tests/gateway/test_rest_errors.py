@@ -181,7 +181,7 @@ async def test_http_mistakes_have_the_same_body() -> None:
 
 @asynchronous
 async def test_without_a_worker_the_answer_is_503_with_a_hint_to_retry() -> None:
-    async with running(has_worker=False, start_timeout_s=0.05) as it:
+    async with running(has_worker=False, start_timeout_s=0.05, keep_alive_s=0.001) as it:
         plain = await it.http.post(CHAT, json={"messages": HI})
         stream = await it.http.post(CHAT, json={"messages": HI, "stream": True})
     for response in (plain, stream):
