@@ -16,7 +16,9 @@ from staffetta.rpc.status import error_from_failure, error_of_call
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc, registry_pb2
 
 STALLED_HEARTBEATS = 5
-
+"""Heartbeats of an engine that stands still after which other workers are preferred."""
+LOST_HEARTBEATS = 30
+"""And after which its requests are not left hanging any longer."""
 Pipe = SessionPipe[decode_pb2.DecodeSessionResponse, decode_pb2.DecodeSessionRequest]
 
 
@@ -93,7 +95,7 @@ class DecodeSession:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the worker's engine has stood still over several heartbeats while it held requests of ours."""
+        """Whether the worker's engine has stood still over several heartbeats."""
         return self._num_stalled >= STALLED_HEARTBEATS
 
     async def wait_idle(self) -> None:
@@ -141,7 +143,10 @@ class DecodeSession:
         return decode_pb2.DecodeSessionRequest(heartbeat=common_pb2.Heartbeat(num_requests=self.num_in_flight))
 
     async def read(self) -> None:
-        """Delivers events until the worker ends the stream. Raises what `SessionPipe.receive` raises."""
+        """Delivers events until the worker ends the stream.
+
+        Raises what `SessionPipe.receive` raises, and WorkerLostError when the engine stands still for too long.
+        """
         while (message := await self._pipe.receive()) is not None:
             kind = message.WhichOneof("message")
             if kind == "step":
@@ -164,6 +169,8 @@ class DecodeSession:
         has_turned = heartbeat.engine_turns != self._last_turns
         self._last_turns = heartbeat.engine_turns
         self._num_stalled = 0 if has_turned else self._num_stalled + 1
+        if self._num_stalled >= LOST_HEARTBEATS:
+            raise WorkerLostError(f"the worker's engine stood still for {self._num_stalled} heartbeats")
 
 
 async def run_session(

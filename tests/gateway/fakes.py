@@ -57,6 +57,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         self.credit: dict[str, int] = {}
         self.peers: list[str] = []
         self.num_wanted_snapshots = 0
+        self.gateway_heartbeat_s = 0.0
         self.sequence_numbers: list[int] | None = None
         self._granted = asyncio.Event()
         self._pipe: Pipe | None = None
@@ -133,6 +134,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         first = await pipe.receive()
         assert first is not None
         assert first.open.model_digest == self.digest
+        self.gateway_heartbeat_s = first.open.heartbeat_s
         opened = decode_pb2.DecodeSessionOpened(
             session_id="s",
             identity=self.identity,
