@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Final
 
-from demo import MODEL_DIR
+from demo import EMBEDDED, locate
 from staffetta.exits import ModelNotFoundError
-
-EMBEDDED: Final = "demo"
 
 _NEEDED: Final = ("config.json", "tokenizer.json")
 
 
 def find_model(model: str) -> Path:
     """The directory of `model`: the embedded one, or a Hugging Face directory. Raises ModelNotFoundError."""
-    path = MODEL_DIR if model == EMBEDDED else Path(model)
+    path = locate(model).directory
     fix = f"staffetta serve {EMBEDDED}"
     if not path.is_dir():
         why = f"it is neither a directory nor {EMBEDDED!r}, and nothing is downloaded"

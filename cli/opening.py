@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Final
 
 from cli.client import Client, make_request
-from cli.model import EMBEDDED
 from cli.output import Output, discard, say, write, write_json
 from cli.plan import ServePlan, dialable
 from cli.readiness import self_test, wait_until_registered
 from cli.relay import relay_line
 from cli.report import ReadyFacts, describe_links, describe_worker
+from demo import EMBEDDED
 from staffetta import __version__
 from staffetta.config.schema import ClientConfig, ServeConfig
 

@@ -15,12 +15,13 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from cli.model import EMBEDDED, find_model
+from cli.model import find_model
 from cli.output import Output, say
 from cli.plan import ServePlan, Surroundings, dialable, plan_serve
 from cli.ports import choose_port
 from cli.runtime_dir import private_directory
-from cli.supervisor import Entries, Supervisor
+from cli.supervisor import ChildRefusedError, Entries, Supervisor
+from demo import EMBEDDED
 from staffetta.config.load import Loaded, resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from staffetta.exits import ExitCode

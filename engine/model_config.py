@@ -4,20 +4,17 @@ Every field that could change a result is read, or the model is refused by that 
 silence. Fields known to say nothing about inference are listed here. The rest may only be null or false.
 """
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kernels.rope import LinearScaling, Llama3Scaling, Rope
 from kvtransfer.layout import KVDtype, KVGroup, KVLayout
 from staffetta.exits import ModelNotFoundError
-from staffetta.identity import ModelRefusedError
+from staffetta.model_settings import Fields, read_fields, read_generation_defaults
 
 ARCHITECTURE = "LlamaForCausalLM"
-MAX_CONFIG_BYTES = 2**20
 
 _ROPE_FIELDS: dict[str, frozenset[str]] = {
     "default": frozenset(),
@@ -41,24 +38,8 @@ _INERT_FIELDS = _names(
     "id2label initializer_range label2id pad_token_id pretraining_tp problem_type return_dict torch_dtype "
     "transformers_version unsloth_version use_cache"
 )
-_GENERATION_READ = _names("eos_token_id do_sample temperature top_k top_p")
-_GENERATION_INERT = _names("_from_model_config bos_token_id cache_implementation pad_token_id transformers_version")
 
 _FIX = f"use an unmodified {ARCHITECTURE} directory, or another model"
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What generation_config.json asks for where a request is silent; None where it is silent too.
-
-    `temperature` is 0 where the file turns sampling off. `unsupported` names its fields that have no effect here, for
-    the worker's log.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    unsupported: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +61,6 @@ class ModelConfig:
     mlp_bias: bool
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
-    generation: GenerationDefaults
 
     @classmethod
     def from_directory(cls, directory: Path) -> "ModelConfig":
@@ -93,11 +73,7 @@ class ModelConfig:
             raise ModelNotFoundError(
                 "MODEL_NOT_FOUND", f"{directory} has no config.json", why="it is not a model directory", fix=_FIX
             )
-        config = _Fields("config.json", _read_object(directory / "config.json"))
-        generation = _Fields("generation_config.json", {})
-        if (directory / "generation_config.json").is_file():
-            generation = _Fields("generation_config.json", _read_object(directory / "generation_config.json"))
-        return _parse(config, generation)
+        return _parse(directory)
 
     @property
     def attention_scale(self) -> float:
@@ -124,57 +100,8 @@ def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16"]) -> KVDtype:
     return "float32" if dtype == "auto" else dtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    """A JSON object's fields, each read with its type and bounds. `file` is for messages."""
-
-    file: str
-    values: Mapping[str, Any]
-
-    def refuse(self, name: str, why: str) -> ModelRefusedError:
-        return ModelRefusedError(f"{self.file}: {name} is {self.values.get(name)!r}", why=why, fix=_FIX)
-
-    def integer(self, name: str, *, low: int, high: int, default: int | None = None) -> int:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if type(value) is not int or not low <= value <= high:
-            raise self.refuse(name, f"supported: whole numbers from {low} to {high}")
-        return value
-
-    def number(self, name: str, *, low: float, high: float, default: float | None = None) -> float:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise self.refuse(name, f"supported: numbers from {low:g} to {high:g}")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name, False)
-        if type(value) is not bool:
-            raise self.refuse(name, "supported: true, false")
-        return value
-
-    def token_ids(self, name: str, *, vocab_size: int) -> tuple[int, ...]:
-        value = self.values.get(name)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
-            raise self.refuse(name, f"supported: token ids below vocab_size {vocab_size}, alone or in a list")
-        return tuple(dict.fromkeys(ids))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ModelRefusedError(f"{path.name} is too large", why=f"the bound is {MAX_CONFIG_BYTES} bytes", fix=_FIX)
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelRefusedError(f"{path.name} cannot be read", why="it is not JSON", fix=_FIX) from error
-    if not isinstance(value, dict):
-        raise ModelRefusedError(f"{path.name} holds no fields", why="it must be a JSON object", fix=_FIX)
-    return value
-
-
-def _parse(config: _Fields, generation: _Fields) -> ModelConfig:
+def _parse(directory: Path) -> ModelConfig:
+    config = read_fields(directory / "config.json")
     _check_architecture(config)
     hidden_size = config.integer("hidden_size", low=1, high=2**17)
     num_heads = config.integer("num_attention_heads", low=1, high=1024)
@@ -188,7 +115,7 @@ def _parse(config: _Fields, generation: _Fields) -> ModelConfig:
         raise config.refuse("head_dim", "rotary embedding needs it even")
     max_positions = config.integer("max_position_embeddings", low=1, high=2**24)
     vocab_size = config.integer("vocab_size", low=1, high=2**22)
-    eos_token_ids = generation.token_ids("eos_token_id", vocab_size=vocab_size)
+    generation = read_generation_defaults(directory, vocab_size=vocab_size)
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -203,12 +130,11 @@ def _parse(config: _Fields, generation: _Fields) -> ModelConfig:
         attention_bias=config.flag("attention_bias"),
         mlp_bias=config.flag("mlp_bias"),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
-        eos_token_ids=eos_token_ids or config.token_ids("eos_token_id", vocab_size=vocab_size),
-        generation=_parse_generation(generation),
+        eos_token_ids=generation.eos_token_ids or config.token_ids("eos_token_id", vocab_size=vocab_size),
     )
 
 
-def _check_architecture(config: _Fields) -> None:
+def _check_architecture(config: Fields) -> None:
     if config.values.get("architectures") != [ARCHITECTURE]:
         raise config.refuse("architectures", f"supported: [{ARCHITECTURE!r}]")
     if config.values.get("model_type", "llama") != "llama":
@@ -220,7 +146,7 @@ def _check_architecture(config: _Fields) -> None:
             raise config.refuse(name, f"a {ARCHITECTURE} here has no such field, and dropping it may change results")
 
 
-def _parse_rope(config: _Fields) -> Rope:
+def _parse_rope(config: Fields) -> Rope:
     """Reads the angles from `rope_parameters`, or from `rope_theta` and `rope_scaling`, as older files have them."""
     name = "rope_parameters" if config.values.get("rope_parameters") is not None else "rope_scaling"
     if name == "rope_parameters" and config.values.get("rope_scaling") is not None:
@@ -230,7 +156,7 @@ def _parse_rope(config: _Fields) -> Rope:
         parameters = {}
     if not isinstance(parameters, dict):
         raise config.refuse(name, "supported: an object, or null")
-    rope = _Fields(f"config.json: {name}", parameters)
+    rope = Fields(f"config.json: {name}", parameters)
     # 10,000 is what a file means that says nothing: the value of the paper and of the first Llama.
     theta = config.number("rope_theta", low=1.0, high=1e12, default=10_000.0)
     theta = rope.number("rope_theta", low=1.0, high=1e12, default=theta)
@@ -254,22 +180,3 @@ def _parse_rope(config: _Fields) -> Rope:
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
     )
     return Rope(theta, scaling)
-
-
-def _parse_generation(generation: _Fields) -> GenerationDefaults:
-    values = generation.values
-    temperature = top_k = top_p = None
-    if values.get("temperature") is not None:
-        temperature = generation.number("temperature", low=0.0, high=2.0)
-    if "do_sample" in values and not generation.flag("do_sample"):
-        temperature = 0.0
-    if values.get("top_k") is not None:
-        top_k = generation.integer("top_k", low=0, high=2**22)
-    if values.get("top_p") is not None:
-        top_p = generation.number("top_p", low=1e-6, high=1.0)
-    unsupported = (
-        name
-        for name, value in values.items()
-        if name not in _GENERATION_READ | _GENERATION_INERT and value is not None and value is not False
-    )
-    return GenerationDefaults(temperature, top_k, top_p, tuple(sorted(unsupported)))

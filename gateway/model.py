@@ -4,7 +4,7 @@ directory.
 Reads the small files only; weights are the workers' business, their digest is what both sides compare.
 """
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,10 +17,12 @@ from staffetta.config.schema import ModelConfig
 from staffetta.errors import InvalidRequestError
 from staffetta.exits import ModelNotFoundError, UsageError
 from staffetta.identity import model_digest
+from staffetta.model_settings import GenerationDefaults, read_fields, read_generation_defaults
 from staffetta.validate import Limits
 
-_EMBEDDED: Final = "demo"
 _FIX: Final = "download the model directory again, whole: config.json, tokenizer.json and its .safetensors files"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,7 @@ def load_model(config: ModelConfig) -> Model:
 
     Raises ModelNotFoundError when it is not there or not whole, UsageError for a setting that does not fit it.
     """
-    directory = demo.MODEL_DIR if config.model == _EMBEDDED else Path(config.model)
-    name = config.served_model_name or (_EMBEDDED if config.model == _EMBEDDED else directory.resolve().name)
+    name, directory = demo.locate(config.model, config.served_model_name)
     try:
         validate.check_name(name, param="served_model_name")
     except InvalidRequestError as error:
@@ -59,10 +60,12 @@ def load_model(config: ModelConfig) -> Model:
             "BAD_MODEL_NAME", error.message, why="clients ask for models by it", fix="--served-model-name NAME"
         ) from error
     digest = model_digest(directory)
-    shape = _read_json(directory / "config.json")
-    generation = _read_json(directory / "generation_config.json")
-    vocab_size = _positive(shape, "vocab_size", directory)
-    own_length = _positive(shape, "max_position_embeddings", directory)
+    shape = read_fields(directory / "config.json")
+    vocab_size = shape.integer("vocab_size", low=1, high=2**22)
+    own_length = shape.integer("max_position_embeddings", low=1, high=2**24)
+    generation = read_generation_defaults(directory, vocab_size=vocab_size)
+    if generation.unsupported:
+        log.warning("generation_config.json: %s: of no effect here", ", ".join(generation.unsupported))
     if not 0 <= config.max_model_len <= own_length:
         raise UsageError(
             "BAD_MAX_MODEL_LEN",
@@ -74,7 +77,7 @@ def load_model(config: ModelConfig) -> Model:
         name=name,
         digest=digest,
         limits=Limits(vocab_size=vocab_size, max_model_len=config.max_model_len or own_length),
-        eos_token_ids=_eos_token_ids(generation) or _eos_token_ids(shape),
+        eos_token_ids=frozenset(generation.eos_token_ids or shape.token_ids("eos_token_id", vocab_size=vocab_size)),
         defaults=_defaults(generation),
         text=_read_text(directory),
         created=int((directory / "config.json").stat().st_mtime),
@@ -87,7 +90,7 @@ def _read_text(directory: Path) -> Text:
         raise ModelNotFoundError(
             "TOKENIZER_NOT_FOUND", f"{directory} has no tokenizer.json", why="the gateway tokenizes", fix=_FIX
         )
-    settings = _read_json(directory / "tokenizer_config.json")
+    settings = read_fields(directory / "tokenizer_config.json").values
     source = settings.get("chat_template")
     own_file = directory / "chat_template.jinja"
     if own_file.is_file():
@@ -107,46 +110,13 @@ def _read_text(directory: Path) -> Text:
         raise ModelNotFoundError("MODEL_REFUSED", f"{path} cannot be used", why=str(error), fix=_FIX) from error
 
 
-def _defaults(generation: dict[str, object]) -> SamplingDefaults:
-    """A model that says `do_sample: false` is meant to be greedy."""
-    temperature = 0.0 if generation.get("do_sample") is False else 1.0
+def _defaults(generation: GenerationDefaults) -> SamplingDefaults:
+    """Where the file is silent too, nothing is cut off and the model's own distribution is drawn from."""
     return SamplingDefaults(
-        temperature=_number(generation.get("temperature"), temperature),
-        top_p=_number(generation.get("top_p"), 1.0),
-        top_k=int(_number(generation.get("top_k"), 0)),
+        temperature=1.0 if generation.temperature is None else generation.temperature,
+        top_p=1.0 if generation.top_p is None else generation.top_p,
+        top_k=generation.top_k or 0,
     )
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    """The object in `path`, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelNotFoundError("MODEL_REFUSED", f"{path} cannot be read", why="it is not JSON", fix=_FIX) from error
-    if not isinstance(content, dict):
-        raise ModelNotFoundError("MODEL_REFUSED", f"{path} cannot be used", why="it holds no JSON object", fix=_FIX)
-    return content
-
-
-def _positive(shape: dict[str, object], key: str, directory: Path) -> int:
-    value = shape.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise ModelNotFoundError(
-            "MODEL_REFUSED", f"{directory}/config.json says {key} is {value!r}", why="it must be 1 or more", fix=_FIX
-        )
-    return value
-
-
-def _eos_token_ids(settings: dict[str, object]) -> frozenset[int]:
-    value = settings.get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
-
-
-def _number(value: object, default: float) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def _token(value: object) -> str:

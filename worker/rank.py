@@ -31,8 +31,6 @@ from staffetta.v1 import common_pb2
 from staffetta.validate import Limits
 from worker.codec import layout_to_proto
 
-EMBEDDED_MODEL = "demo"
-
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +107,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
 
     Raises ModelNotFoundError, ModelRefusedError, UsageError or DoesNotFitError, with the fix.
     """
-    directory = demo.MODEL_DIR if config.model == EMBEDDED_MODEL else Path(config.model)
+    name, directory = demo.locate(config.model, config.served_model_name)
     model_config = ModelConfig.from_directory(directory)
     digest = model_digest(directory)
     layout = model_config.kv_layout(
@@ -139,7 +137,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
         worker_id=config.worker_id or f"{_role_name(role)}-{secrets.token_hex(4)}",
         incarnation=secrets.token_hex(8),
         role=role,
-        model=config.served_model_name or (EMBEDDED_MODEL if config.model == EMBEDDED_MODEL else directory.name),
+        model=name,
         model_digest=digest,
         numerics_digest=runner.numerics_digest,
         layout=layout_to_proto(layout),

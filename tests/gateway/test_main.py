@@ -15,7 +15,7 @@ import pytest
 
 import demo
 from gateway.app import Gateway
-from gateway.model import load_model
+from gateway.model import SamplingDefaults, load_model
 from staffetta.config.schema import GatewayConfig
 from staffetta.exits import ModelNotFoundError, PortError, UsageError
 from tests.gateway.running import CONFIG, asynchronous, demo_model
@@ -137,6 +137,14 @@ def test_generation_defaults_come_from_the_model(tmp_path: Path) -> None:
     assert model.eos_token_ids == {2, 5}
     assert model.name == tmp_path.name
     assert demo_model().defaults.temperature == 0.0
+
+
+def test_a_model_that_says_it_is_greedy_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    generation = '{"do_sample": false, "temperature": 0.6, "min_p": 0.1, "repetition_penalty": 1.1}'
+    model = load_model(GatewayConfig(model=str(copy_model(tmp_path, generation_config__json=generation))))
+    assert model.defaults == SamplingDefaults(temperature=0.0, top_p=1.0, top_k=0)
+    assert model.eos_token_ids == {2}
+    assert caplog.messages == ["generation_config.json: min_p, repetition_penalty: of no effect here"]
 
 
 @pytest.mark.parametrize(

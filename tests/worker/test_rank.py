@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from demo import MODEL_DIR
 from engine.request import StepOutput
 from staffetta.config.schema import PrefillConfig
 from staffetta.exits import DoesNotFitError, ExitCode, ModelNotFoundError, UsageError, run
@@ -51,6 +52,13 @@ def test_a_rank_knows_its_identity_and_bounds() -> None:
     assert len(rank.memory.buffer) == 4 * rank.layout.page_bytes
     start(rank)
     assert rank.engine_thread.call(lambda engine: engine.counts()).result().total_blocks == 4
+    rank.stop()
+
+
+def test_a_rank_of_the_directory_it_is_in_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(MODEL_DIR)
+    rank = load_rank(make_config(model="."), DECODE)
+    assert rank.identity.model == MODEL_DIR.name
     rank.stop()
 
 
