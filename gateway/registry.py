@@ -39,24 +39,20 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> None:
         """Keeps a worker registered for as long as its stream lives and is not silent."""
         del request_iterator  # the context reads the same stream, and can be bounded in time
+        name = "a worker that has not said its name"
         try:
             first = await self._receive(context)
             if first is None:
                 return
             worker = self._admit(first)
-        except StaffettaError as error:
-            log.warning("a worker was refused: %s", error.message)
+            name = worker.worker_id
+            await self._serve(worker, first, context)
+        except Exception as error:
+            if isinstance(error, StaffettaError):
+                log.warning("%s: %s", name, error.message)
+            else:
+                log.exception("%s: its registration ended unexpectedly", name)
             await abort(cast("grpc.aio.ServicerContext[object, object]", context), error)
-        answers = asyncio.create_task(self._answer(worker, context), name=f"registry-{worker.worker_id}")
-        try:
-            await self._follow(worker, first, context)
-        except WorkerLostError as error:
-            log.warning("%s: %s", worker.worker_id, error.message)
-            await abort(cast("grpc.aio.ServicerContext[object, object]", context), error)
-        finally:
-            self._workers.leave(worker)
-            answers.cancel()
-            await asyncio.gather(answers, return_exceptions=True)
 
     async def ListWorkers(  # noqa: N802 - the service's name
         self,
@@ -100,6 +96,25 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 "gateway; start both with the same cluster key"
             )
         return self._workers.join(announcement)
+
+    async def _serve(self, worker: Worker, first: registry_pb2.RegisterRequest, context: "Context") -> None:
+        """Serves an admitted worker until its stream ends. Raises what ended either direction.
+
+        A worker that is answered no more must not stay registered: it registers again, and is answered again.
+        """
+        tasks = [
+            asyncio.create_task(self._follow(worker, first, context), name=f"reports-{worker.worker_id}"),
+            asyncio.create_task(self._answer(worker, context), name=f"answers-{worker.worker_id}"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._workers.leave(worker)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(self, worker: Worker, first: registry_pb2.RegisterRequest, context: "Context") -> None:
         """Takes reports until the stream ends or another stream has taken the worker's name."""

@@ -162,6 +162,9 @@ class Workers:
                 log.info("%s closed the session", worker.worker_id)
             except StaffettaError as error:
                 log.warning("no session with %s: %s", worker.worker_id, error.message)
+            except Exception:
+                # Whatever it is, a worker that stays registered without a session is of no use to anybody.
+                log.exception("the session with %s ended unexpectedly", worker.worker_id)
             finally:
                 worker.session = None
                 self._notify()

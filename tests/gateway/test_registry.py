@@ -6,9 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 
+from gateway import workers
+from gateway.registry import RegistryServicer
+from gateway.session import run_session
 from staffetta.hashing import key_fingerprint
 from staffetta.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from tests.gateway.fakes import CLUSTER_KEY
@@ -192,3 +196,45 @@ async def test_a_session_that_opens_with_another_identity_is_not_used(monkeypatc
         await it.worker.start(it.grpc_address)
         await eventually(lambda: len(calls) >= 3)
         assert it.gateway.workers.max_model_len() is None
+
+
+def fail_once(real: Callable[..., Any]) -> Callable[..., Any]:
+    """`real`, but its first call raises what nobody expects."""
+    calls: list[int] = []
+
+    async def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a secret of this process")
+        return await real(*args, **kwargs)
+
+    return failing
+
+
+@asynchronous
+async def test_a_session_that_ends_unexpectedly_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "run_session", fail_once(run_session))
+    async with running(reply=ids_of("a")) as it:
+        assert (await it.http.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage() == "the session with decode-0 ended unexpectedly"
+
+
+@pytest.mark.parametrize("direction", ["_follow", "_answer"])
+@asynchronous
+async def test_a_registration_that_fails_unexpectedly_is_a_leave_and_reveals_nothing(
+    direction: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(RegistryServicer, direction, fail_once(getattr(RegistryServicer, direction)))
+    async with running(has_worker=False) as it, registering(it) as call:
+        await call.write(make_report(1, announcement=make_announcement()))
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await call.read()
+        assert failure.value.code() is grpc.StatusCode.INTERNAL
+        assert "the request failed on our side" in (failure.value.details() or "")
+        assert "secret" not in str(failure.value)
+        assert list(it.gateway.workers) == []
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage() == "prefill-0: its registration ended unexpectedly"
