@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# An index of torch's CPU builds; empty: the configured index. The public index's torch is a CUDA build of gigabytes.
+TORCH_INDEX_URL ?=
 PROTOS := $(wildcard proto/staffetta/v1/*.proto)
 STAMP  := $(VENV)/.installed
 
@@ -14,10 +16,10 @@ help: ## Shows the targets
 
 setup: $(STAMP) ## Creates the virtual environment and installs everything, pinned
 
-# torch first and alone: the exact pin takes the CPU build, a later resolve then keeps it.
+# torch first and alone, because TORCH_INDEX_URL has nothing else; the later resolve keeps what is installed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

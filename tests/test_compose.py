@@ -180,6 +180,14 @@ def test_an_image_runs_as_nobody_in_particular_with_pinned_versions(name: str) -
     assert any("torch" in line for line in installs) == (name == "worker")
 
 
+def test_a_worker_image_listens_where_it_is_probed() -> None:
+    text = (ROOT / "deploy" / "docker" / "worker.Dockerfile").read_text()
+    listens = dict(re.findall(r"(STAFFETTA_\w*LISTEN)=0\.0\.0\.0:(\d+)", text))
+    exposed = re.findall(r"^EXPOSE (\d+) (\d+)$", text, re.MULTILINE)
+    assert [tuple(listens[name] for name in ("STAFFETTA_LISTEN", "STAFFETTA_TRANSFER_LISTEN"))] == exposed
+    assert f'"staffetta.rpc.probe", "127.0.0.1:{listens["STAFFETTA_LISTEN"]}"' in text
+
+
 def test_containers_can_do_no_more_than_they_need() -> None:
     for spec in load_services(STAFFETTA_CLUSTER_KEY=KEY).values():
         assert (spec["read_only"], spec["cap_drop"], spec["security_opt"]) == (

@@ -1,6 +1,6 @@
 # A prefill or decode worker on CPU. Build from the repository's root.
 #
-# The public index's torch is a CUDA build of several gigabytes; TORCH_INDEX_URL names an index of CPU builds:
+# The public index's torch is a CUDA build of gigabytes; TORCH_INDEX_URL names an index of torch's CPU builds:
 #   docker compose build --build-arg TORCH_INDEX_URL=…
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
@@ -19,6 +19,8 @@ RUN useradd --system --uid 10001 --no-create-home staffetta \
   && install -d -o staffetta -m 0700 /run/staffetta
 COPY --from=build /opt/staffetta /opt/staffetta
 ENV PATH=/opt/staffetta/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# A container's loopback is its own; peers dial what --advertise and --transfer-advertise say.
+ENV STAFFETTA_LISTEN=0.0.0.0:50052 STAFFETTA_TRANSFER_LISTEN=0.0.0.0:50053
 USER staffetta
 EXPOSE 50052 50053
 ENTRYPOINT ["staffetta"]
