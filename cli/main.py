@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from cli.output import Output
 from staffetta import __version__
 from staffetta.config.flags import FlagParser, add_settings, set_flag
-from staffetta.config.load import resolve
+from staffetta.config.load import Loaded, resolve
 from staffetta.config.schema import ClientConfig, ServeConfig
 from staffetta.config.settings import ROLES
 from staffetta.config.unknown import unknown_setting
@@ -41,7 +41,9 @@ def run_command(argv: Sequence[str]) -> int:
         return ExitCode.OK
     verb = VERBS.get(argv[0])
     if verb is None:
-        raise unknown_setting(f"there is no verb {argv[0]!r}", argv[0], VERBS, fix="staffetta --help")
+        raise unknown_setting(
+            f"there is no verb {argv[0]!r}", argv[0], VERBS, fix="staffetta --help", replacement="staffetta {}"
+        )
     return verb.run(argv[1:])
 
 
@@ -106,12 +108,16 @@ def _chat(argv: Sequence[str]) -> int:
 
 
 def _config(argv: Sequence[str]) -> int:
-    if argv and argv[0] == "show" and len(argv) > 1 and argv[1] in ROLES:
-        return _show(argv[1], argv[2:])
-    usage = f"staffetta config show {{{','.join(ROLES)}}} [settings] [--origin] [--json]"
-    if argv and argv[-1] in ("-h", "--help"):
+    usage = f"staffetta config show [{'|'.join(ROLES)}] [settings] [--origin] [--json]"
+    if argv and argv[0] in ("-h", "--help"):
         print(f"usage: {usage}")
         return ExitCode.OK
+    if argv and argv[0] == "show":
+        words = argv[1:]
+        if not words or words[0].startswith("-"):
+            return _show("serve", words)
+        if words[0] in ROLES:
+            return _show(words[0], words[1:])
     raise UsageError("USAGE", "which role's settings?", why=f"usage: {usage}", fix="staffetta config show serve")
 
 
@@ -120,9 +126,15 @@ def _show(role: str, argv: Sequence[str]) -> int:
     parser.add_argument("--origin", action="store_true", help="say where each value comes from")
     add_settings(parser, ROLES[role])
     flags = parser.parse(argv)
-    from cli.show import show_config
+    from cli.show import show_json, show_origins, show_values
 
-    show_config(resolve(ROLES[role], flags), _output(flags), with_origin=flags.origin)
+    loaded: Loaded[Any] = resolve(ROLES[role], flags)
+    if flags.json:
+        show_json(loaded)
+    elif flags.origin:
+        show_origins(loaded)
+    else:
+        show_values(loaded)
     return ExitCode.OK
 
 
@@ -144,7 +156,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "decode": Verb("one decode worker", "", _decode),
     "chat": Verb("chat with a running gateway", "", _chat),
     "ask": Verb("ask a running gateway once", "PROMPT", _ask),
-    "config": Verb("a role's settings and where they come from", "show ROLE", _config),
+    "config": Verb("a role's settings and where they come from", "show [ROLE]", _config),
 }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from staffetta.address import parse_address
 from staffetta.config.load import Loaded
 from staffetta.config.origin import OriginKind
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
@@ -99,8 +100,9 @@ def plan_serve(
 
 def dialable(address: str) -> str:
     """Where a process of this machine reaches what listens on `address`: loopback for a listener on all interfaces."""
-    host, _, port = address.rpartition(":")
-    return f"{({'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}).get(host, host)}:{port}"  # noqa: S104 (compared, not bound)
+    parsed = parse_address(address)
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared, not bound)
+    return str(parsed._replace(host=loopback.get(parsed.host, parsed.host)))
 
 
 def _merge(serve: Loaded[ServeConfig], role: Loaded[T]) -> T:

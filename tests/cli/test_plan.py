@@ -62,7 +62,7 @@ def test_cores_are_shared_out_and_nobody_gets_none() -> None:
 def test_a_roles_own_setting_beats_serves_unless_serve_has_a_flag(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text(
-        "common: {block_size: 32}\nserve: {max_sequences: 5}\nprefill: {max_batch_tokens: 1024, lease_s: 3}\n"
+        "common: {block_size: 32}\nserve: {max_sequences: 5}\nprefill: {max_batch_tokens: 1024, drain_s: 3}\n"
     )
     environ = {"STAFFETTA_DECODE_BLOCK_SIZE": "64", "STAFFETTA_MAX_SEQUENCES": "6"}
 
@@ -72,7 +72,7 @@ def test_a_roles_own_setting_beats_serves_unless_serve_has_a_flag(tmp_path: Path
 
     assert values() == [(32, 6, 1024), (64, 6, 512)]
     assert values("--max-batch-tokens", "7", "--block-size", "8") == [(8, 6, 7), (8, 6, 7)]
-    assert make_plan(file=file).workers[0].config.lease_s == 3.0
+    assert [worker.config.drain_s for worker in make_plan(file=file).workers] == [3.0, 10.0]
 
 
 def test_addresses_written_for_other_hosts_do_not_count_here() -> None:

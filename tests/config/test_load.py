@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from staffetta.config.load import Loaded, load
+from staffetta.config.load import Loaded, load, load_role
 from staffetta.config.origin import Origin, OriginKind
 from staffetta.config.resolved import decode, encode
 from staffetta.config.schema import ClientConfig, DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
@@ -80,10 +80,10 @@ def test_the_strongest_source_wins_and_is_named(
 
 
 def test_an_origin_knows_whether_it_was_meant_for_this_role_alone(file: Path) -> None:
-    file.write_text("common: {block_size: 32}\nprefill: {lease_s: 1}")
+    file.write_text("common: {block_size: 32}\nprefill: {drain_s: 1}")
     origins = load_prefill("--config", str(file), STAFFETTA_PREFILL_THREADS="1", STAFFETTA_DTYPE="float32").origins
     own = {name for name, origin in origins.items() if origin.is_own}
-    assert own == {"lease_s", "threads"}
+    assert own == {"drain_s", "threads"}
     assert origins["dtype"] == Origin(OriginKind.ENVIRONMENT, "STAFFETTA_DTYPE", is_own=False)
 
 
@@ -92,11 +92,14 @@ VALUES = [
     ("kv_memory", "64MiB", 64 * 2**20),
     ("kv_memory", "1 GiB", 2**30),
     ("kv_memory", "12", 12),
-    ("lease_s", "2.5", 2.5),
+    ("drain_s", "2.5", 2.5),
     ("prefix_caching", "no", False),
     ("prefix_caching", "TRUE", True),
     ("dtype", "bfloat16", "bfloat16"),
+    ("heartbeat_s", "0.01", 0.01),
+    ("block_size", "1024", 1024),
     ("transports", "tcp, shm", ("tcp", "shm")),
+    ("failpoints", "a.b:kill:1,c:on:2", ("a.b:kill:1", "c:on:2")),
     ("gateways", "a:1,[::1]:2", ("a:1", "[::1]:2")),
     ("listen", "0.0.0.0:50051", "0.0.0.0:50051"),
     ("advertise", "prefill:50051", "prefill:50051"),
@@ -125,9 +128,14 @@ REFUSALS = [
     ("max_sequences", "1.5", "it must be a whole number"),
     ("max_sequences", "0", "it must be at least 1"),
     ("num_blocks", "-1", "it must be at least 0"),
-    ("lease_s", "inf", "it must be a finite number"),
-    ("lease_s", "nan", "it must be a finite number"),
-    ("lease_s", "soon", "it must be a number"),
+    ("heartbeat_s", "0", "it must be at least 0.01"),
+    ("block_size", "1025", "it must be at most 1024"),
+    ("transports", "shm,bogus", "it must be one of shm, tcp, loopback"),
+    ("failpoints", "foo", "it must be NAME:ACTION:NTH with ACTION one of kill, stop, raise, on"),
+    ("failpoints", "a:kill:0", "it must be NAME:ACTION:NTH with ACTION one of kill, stop, raise, on"),
+    ("drain_s", "inf", "it must be a finite number"),
+    ("drain_s", "nan", "it must be a finite number"),
+    ("drain_s", "soon", "it must be a number"),
     ("kv_memory", "64MB", "it must be bytes, such as 67108864, 64MiB or 2GiB"),
     ("kv_memory", "-1", "it must be bytes, such as 67108864, 64MiB or 2GiB"),
     ("dtype", "int4", "it must be one of auto, float32, bfloat16"),
@@ -180,12 +188,20 @@ def test_an_optional_setting_is_none_until_it_is_given() -> None:
 
 
 UNKNOWN = [
-    (("--max-batch-token", "1"), {}, "--max-batch-tokens"),
-    (("--max-batch-token=1",), {}, "--max-batch-tokens"),
-    (("--max-batch",), {}, "--max-batch-tokens"),
+    (("--max-batch-token", "1"), {}, "staffetta prefill --max-batch-tokens 512"),
+    (("--max-batch-token=1",), {}, "staffetta prefill --max-batch-tokens 512"),
+    (("--max-batch",), {}, "staffetta prefill --max-batch-tokens 512"),
+    (("--gatewys", "h:1"), {}, "staffetta prefill --gateways 127.0.0.1:0"),
+    (("--prefix-cachin",), {}, "staffetta prefill --prefix-caching"),
+    (("--cluster-kei", "5ec2e7"), {}, "staffetta prefill --cluster-key $(openssl rand -hex 32)"),
     (("--qqq",), {}, "staffetta prefill --help"),
-    ((), {"STAFFETTA_THREAD": "1"}, "STAFFETTA_THREADS"),
-    ((), {"STAFFETTA_PREFIL_THREADS": "1"}, "STAFFETTA_PREFILL_THREADS"),
+    ((), {"STAFFETTA_THREAD": "1"}, 'export STAFFETTA_THREADS="$STAFFETTA_THREAD"; unset STAFFETTA_THREAD'),
+    (
+        (),
+        {"STAFFETTA_PREFIL_LISTEN": "1"},
+        'export STAFFETTA_PREFILL_LISTEN="$STAFFETTA_PREFIL_LISTEN"; unset STAFFETTA_PREFIL_LISTEN',
+    ),
+    ((), {"STAFFETTA_{THREADS}": "1"}, 'export STAFFETTA_THREADS="$STAFFETTA_{THREADS}"; unset STAFFETTA_{THREADS}'),
     ((), {"STAFFETTA_QQQQQQQQQQQQQQ": "1"}, "unset STAFFETTA_QQQQQQQQQQQQQQ"),
 ]
 
@@ -203,11 +219,16 @@ def test_a_variable_of_another_role_is_known() -> None:
 
 
 FILES = [
-    ("prefil: {threads: 1}", "UNKNOWN_SETTING", "no section is called prefil", "prefill"),
+    ("prefil: {threads: 1}", "UNKNOWN_SETTING", "no section is called prefil", "call it prefill"),
     ("threads: 1", "UNKNOWN_SETTING", "no section is called threads", "move threads into common:"),
-    ("prefill: {thread: 1}", "UNKNOWN_SETTING", "prefill has no setting thread", "threads"),
+    ("prefill: {thread: 1}", "UNKNOWN_SETTING", "prefill has no setting thread", "write prefill.threads instead"),
     ("prefill: {http: 'a:1'}", "UNKNOWN_SETTING", "prefill has no setting http", "remove prefill.http"),
-    ("common: {local_prefil: never}", "UNKNOWN_SETTING", "common has no setting local_prefil", "local_prefill"),
+    (
+        "common: {local_prefil: never}",
+        "UNKNOWN_SETTING",
+        "common has no setting local_prefil",
+        "write common.local_prefill instead",
+    ),
     ("prefill: 3", "CONFIG_FILE", "section prefill is not a mapping", None),
     ("[1, 2]", "CONFIG_FILE", "is not a mapping", None),
     ("a: [", "CONFIG_FILE", "is not YAML", None),
@@ -250,6 +271,33 @@ def test_one_file_drives_all_roles(file: Path) -> None:
 def test_a_flag_names_the_file_before_the_variable(file: Path, tmp_path: Path) -> None:
     file.write_text("prefill: {threads: 3}")
     assert load_prefill("--config", str(file), STAFFETTA_CONFIG=str(tmp_path / "none")).config.threads == 3
+
+
+@pytest.mark.parametrize("schema", [GatewayConfig, PrefillConfig, DecodeConfig, ServeConfig])
+@pytest.mark.parametrize("key", ["xyz", "00", "00" * 15, "00" * 65, "0" * 33])
+def test_a_cluster_key_is_checked_at_load_whatever_the_role(schema: type, key: str) -> None:
+    with pytest.raises(UsageError, match="STAFFETTA_CLUSTER_KEY: its value cannot be used for cluster_key"):
+        load(schema, (), environ={"STAFFETTA_CLUSTER_KEY": key})
+
+
+@pytest.mark.parametrize("schema", [GatewayConfig, PrefillConfig, DecodeConfig])
+def test_a_role_started_by_itself_needs_a_cluster_key(
+    schema: "type[GatewayConfig] | type[PrefillConfig] | type[DecodeConfig]",
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_role(schema, (), environ={})
+    assert caught.value.name == "CLUSTER_KEY_MISSING"
+    assert caught.value.fix == "export STAFFETTA_CLUSTER_KEY=$(openssl rand -hex 32)"
+    assert load_role(schema, (), environ={"STAFFETTA_CLUSTER_KEY": KEY}) == schema(cluster_key=KEY)
+
+
+@pytest.mark.parametrize(("text", "is_taken"), [("600", True), ("0.01", True), ("600.1", False), ("0", False)])
+def test_a_lease_is_what_a_prefill_worker_grants(text: str, is_taken: bool) -> None:
+    if is_taken:
+        assert load(DecodeConfig, ("--lease-s", text), environ={}).config.lease_s == float(text)
+        return
+    with pytest.raises(UsageError, match=r"'[0-9.]+' cannot be used for lease_s"):
+        load(DecodeConfig, ("--lease-s", text), environ={})
 
 
 @pytest.mark.parametrize("argv", [("--cluster-key", "5ec2e7"), ()])

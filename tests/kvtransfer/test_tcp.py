@@ -31,9 +31,10 @@ from kvtransfer.frames import (
 )
 from kvtransfer.memory import PROBE_BYTES, PoolMemory
 from kvtransfer.sessions import MAX_SESSION_CONNECTIONS
-from kvtransfer.tcp import FRAME_BYTES, parse_address, plan_frames
+from kvtransfer.tcp import FRAME_BYTES, plan_frames
 from kvtransfer.ticket import TicketBook, TicketVerdict
 from kvtransfer.transport import BlockRead, TransportOffer, export, open_reader
+from staffetta.address import parse_address
 from staffetta.errors import TransportError
 from staffetta.failpoint import arm
 from tests.kvtransfer.pair import NUM_LOCAL_BLOCKS, PAGE_BYTES, Pair, make_pair

@@ -29,6 +29,10 @@ ROLES: Final[Mapping[str, type]] = MappingProxyType(
 
 _HIDDEN: Final = "(not shown)"
 
+_EXAMPLES: Final[Mapping[Form, str]] = MappingProxyType(
+    {"address": "127.0.0.1:0", "key": "$(openssl rand -hex 32)", "failpoint": "tcp.serving:kill:1"}
+)
+
 _BYTE_UNITS: Final = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _BYTES: Final = re.compile(r"([0-9]+) ?([KMGT]iB|B|)")
 _TRUE: Final = frozenset({"true", "yes", "on", "1"})
@@ -80,14 +84,9 @@ class Setting:
 
     @property
     def example(self) -> str:
-        """A text that `parse` takes, or for a key the shell's word for one: the default where there is one."""
-        if self.form == "key":
-            return "$(openssl rand -hex 32)"
-        if self.form == "address":
-            return "127.0.0.1:0"
-        if self.form == "failpoint":
-            return "tcp.serving:kill:1"
-        return self.format(self.default) or next(iter(self.choices), str(max(1, math.ceil(self.minimum))))
+        """The default where there is one, else a text that `parse` takes, or for a key the shell's word for one."""
+        default = self.format(self.default)
+        return default or _EXAMPLES.get(self.form) or next(iter(self.choices), str(max(1, math.ceil(self.minimum))))
 
     def parse(self, text: str) -> Any:
         """The value that `text` stands for; a list is split at commas. Raises BadValueError."""
