@@ -8,7 +8,7 @@ from cli.client import Client, make_request
 from cli.output import Output, discard, write, write_json
 from cli.relay import Answer, relay_line
 from staffetta.config.schema import ClientConfig
-from staffetta.exits import ExitCode
+from staffetta.exits import ExitCode, OperatorError
 
 
 def run_ask(config: ClientConfig, prompt: str, output: Output) -> int:
@@ -24,8 +24,12 @@ def run_ask(config: ClientConfig, prompt: str, output: Output) -> int:
 
 
 def run_chat(config: ClientConfig, output: Output) -> int:
-    """Asks line after line, each with all turns before it. Ctrl-C ends an answer, or the chat when none runs."""
+    """Asks line after line, each with all turns before it. Ctrl-C ends an answer, or the chat when none runs.
+
+    A refusal is told and its line forgotten; the turns before it stay. The exit code is that of the last line.
+    """
     turns: list[tuple[str, str]] = []
+    code = ExitCode.OK
     with asyncio.Runner() as runner:
         client = runner.run(_open(config.address))
         try:
@@ -38,10 +42,14 @@ def run_chat(config: ClientConfig, output: Output) -> int:
                 except KeyboardInterrupt:
                     print("\n  stopped; this turn is forgotten", file=sys.stderr)
                     continue
-                turns = [*asked, ("assistant", answer.text)]
+                except OperatorError as error:
+                    print(error, file=sys.stderr, flush=True)
+                    code = error.exit_code
+                    continue
+                turns, code = [*asked, ("assistant", answer.text)], ExitCode.OK
         finally:
             runner.run(client.channel.close())
-    return ExitCode.OK
+    return code
 
 
 async def _open(address: str) -> Client:

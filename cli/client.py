@@ -107,14 +107,14 @@ def operator_error(error: grpc.aio.AioRpcError, address: str) -> OperatorError:
             "PEER_UNREACHABLE",
             f"no gateway answers at {address}",
             why="the connection was refused or lost",
-            fix="staffetta serve demo (in another terminal), or --address HOST:PORT",
+            fix="staffetta serve demo",
         )
     if isinstance(failure, NotFoundError):
         return ModelNotFoundError(
-            failure.reason, failure.message, why=f"the gateway at {address} says so", fix="--help"
+            failure.reason, failure.message, why=f"the gateway at {address} says so", fix="staffetta ask --help"
         )
     reason = "DEADLINE_EXCEEDED" if failure.code is Code.DEADLINE_EXCEEDED else failure.reason
-    retry = "try again" if failure.is_retryable else "change the request; `staffetta ask --help` lists its settings"
+    retry = "try again" if failure.is_retryable else "staffetta ask --help"
     refused = OperatorError(reason, failure.message, why=f"the gateway at {address} refused the request", fix=retry)
     refused.exit_code = ExitCode.FAILURE
     return refused

@@ -11,7 +11,7 @@ from typing import Final
 from cli.client import Client, make_request
 from cli.output import Output, discard, say, write, write_json
 from cli.plan import ServePlan, dialable
-from cli.readiness import self_test, wait_until_registered
+from cli.readiness import check_handoff, self_test, wait_until_registered
 from cli.relay import relay_line
 from cli.report import ReadyFacts, describe_links, describe_worker
 from demo import EMBEDDED
@@ -32,7 +32,9 @@ async def become_ready(
     )
     # Longer than what a decode worker keeps for itself, by two blocks that then have to move.
     min_tokens = config.local_prefill_max_tokens + 2 * config.block_size
-    test = await self_test(client, min_tokens=min_tokens, expects_handoff=config.prefill > 0)
+    test = await self_test(client, min_tokens=min_tokens)
+    if config.prefill > 0:
+        check_handoff(test)
     by_name = {worker.announcement.identity.worker_id: worker for worker in system.workers}
     first = by_name[names[0]].announcement
     return ReadyFacts(

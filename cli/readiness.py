@@ -80,17 +80,18 @@ def find_missing(
     return None
 
 
-async def self_test(client: Client, *, min_tokens: int, expects_handoff: bool) -> Answer:
-    """Generates two tokens from a prompt of at least `min_tokens` tokens, long enough to be handed off.
-
-    Raises OperatorError when generation fails, or when `expects_handoff` and the decode worker prefilled itself.
-    """
+async def self_test(client: Client, *, min_tokens: int) -> Answer:
+    """Generates two tokens from a prompt of at least `min_tokens` tokens. Raises OperatorError when that fails."""
     request = inference_pb2.GenerateRequest(text=" ".join(str(number) for number in range(min_tokens)))
     request.sampling.temperature = 0.0
     request.sampling.max_tokens = 2
     request.sampling.ignore_eos = True
-    answer = await client.generate(request, timeout_s=_SELF_TEST_S, on_text=lambda _: None)
-    if expects_handoff and not answer.prefill_worker:
+    return await client.generate(request, timeout_s=_SELF_TEST_S, on_text=lambda _: None)
+
+
+def check_handoff(answer: Answer) -> None:
+    """Raises OperatorError when the decode worker prefilled what should have been handed off."""
+    if not answer.prefill_worker:
         raise OperatorError(
             "SELF_TEST",
             "the self-test was not handed off",
@@ -98,4 +99,3 @@ async def self_test(client: Client, *, min_tokens: int, expects_handoff: bool) -
             f"{answer.failed_handoffs} hand-offs failed",
             fix="staffetta serve --log-level info",
         )
-    return answer

@@ -102,6 +102,8 @@ class _Serve:
             return await self._serve(supervisor)
         except StoppedError:
             return ExitCode.FAILURE  # stopped before it had done what it was started for
+        except ChildRefusedError as refused:
+            return refused.code
         finally:
             if not await self._end(supervisor):
                 say("stopped at once; requests that were running are lost")

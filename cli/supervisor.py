@@ -25,7 +25,7 @@ from cli.restart import Backoff, describe_status, final_code
 from cli.zygote_link import ForkRefusedError, ZygoteLink, ZygoteLostError
 from staffetta.config.environment import child_environment
 from staffetta.config.resolved import encode
-from staffetta.exits import ExitCode, OperatorError
+from staffetta.exits import REPEATING, ExitCode, OperatorError
 
 _QUIET: Final = {"GRPC_VERBOSITY": "ERROR"}
 """gRPC's core tells of every connection that ends; who needs to know is told by our own code."""
@@ -47,18 +47,25 @@ class Entries:
         return self.prefill if role == "prefill" else self.decode
 
 
-class ChildEndedError(OperatorError):
-    """A child ended in a way that a restart would not mend."""
+class ChildRefusedError(Exception):
+    """A child ended over a mistake of the operator's, which it has told itself: there is no more to say."""
 
-    def __init__(self, name: str, status: int, code: ExitCode, last_lines: list[str]) -> None:
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class ChildEndedError(OperatorError):
+    """A child ended again and again, for no reason that its exit code names."""
+
+    def __init__(self, name: str, status: int, last_lines: list[str]) -> None:
         said = next((line for line in reversed(last_lines) if line.strip()), "it wrote nothing")
         super().__init__(
             "CHILD_ENDED",
             f"{name} ended by {describe_status(status)}, and would again",
             why=f"its last line: {said.strip()}",
-            fix=f"see the lines of {name} above",
+            fix="staffetta serve --log-level debug",
         )
-        self.exit_code = code
 
 
 @dataclass(slots=True)
@@ -95,7 +102,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._is_ready = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self.failure: asyncio.Future[OperatorError] = asyncio.get_running_loop().create_future()
+        self.failure: asyncio.Future[OperatorError | ChildRefusedError] = asyncio.get_running_loop().create_future()
         """Resolves when serving cannot go on."""
 
     def start(self) -> None:
@@ -221,7 +228,8 @@ class Supervisor:
         lived_s = time.monotonic() - child.started_at
         num_early_ends = 0 if self._is_ready else child.num_starts
         if (code := final_code(status, num_early_ends=num_early_ends)) is not None:
-            self._fail(ChildEndedError(child.name, status, code, self._relay.last_lines(child.name)))
+            lines = self._relay.last_lines(child.name)
+            self._fail(ChildRefusedError(code) if code in REPEATING else ChildEndedError(child.name, status, lines))
             await self._stopping.wait()
             return
         delay_s = child.backoff.next_delay(lived_s)
@@ -230,7 +238,7 @@ class Supervisor:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), delay_s)
 
-    def _fail(self, error: OperatorError) -> None:
+    def _fail(self, error: OperatorError | ChildRefusedError) -> None:
         if not self.failure.done():
             self.failure.set_result(error)
 

@@ -1,6 +1,6 @@
 """Stand-ins for gateway and workers that start in milliseconds, for the promises of the command and its supervisor.
 
-A worker does what its failpoints say: `exit-N` ends with code N at once, `ignore-term` outlives SIGTERM.
+A worker does what its failpoints say: `exit:on:N` ends with code N at once, `ignore-term:on:1` outlives SIGTERM.
 The gateway lists the workers that serve and answers every prompt with `the answer`; a prompt that says `slow` makes it
 ignore SIGTERM, as one that never finishes its requests would.
 """
@@ -23,16 +23,16 @@ from staffetta.v1 import common_pb2, inference_pb2, inference_pb2_grpc, registry
 def worker_main(config: PrefillConfig | DecodeConfig) -> int:
     """Serves nothing until SIGTERM."""
     for failpoint in config.failpoints:
-        if failpoint.startswith("exit-"):
+        if failpoint.startswith("exit:on:"):
             print("error[FAKE]: as told", file=sys.stderr)
-            return int(failpoint.removeprefix("exit-"))
+            return int(failpoint.removeprefix("exit:on:"))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     print("serving", config.worker_id, file=sys.stderr, flush=True)
     (Path(config.shm_dir) / config.worker_id).touch()
     while True:
         signal.sigwait({signal.SIGTERM})
         print("told to end", file=sys.stderr, flush=True)
-        if "ignore-term" not in config.failpoints:
+        if "ignore-term:on:1" not in config.failpoints:
             return 0
 
 

@@ -109,6 +109,12 @@ MISTAKES = [
     (("ask",), 2, "error[USAGE]: the following arguments are required: PROMPT"),
     (("config",), 2, "error[USAGE]: which role's settings?"),
     (("config", "show", "gatewya"), 2, "error[USAGE]: which role's settings?"),
+    (("gateway",), 2, "error[CLUSTER_KEY_MISSING]: gateway has no cluster_key"),
+    (("prefill",), 2, "error[CLUSTER_KEY_MISSING]: prefill has no cluster_key"),
+    (("decode",), 2, "error[CLUSTER_KEY_MISSING]: decode has no cluster_key"),
+    (("decode", "--transports", "bogus"), 2, "error[BAD_VALUE]: --transports: 'bogus'"),
+    (("serve", "--decode-failpoints", "foo"), 2, "error[BAD_VALUE]: --decode-failpoints: 'foo'"),
+    (("serve", "--block-size", "2000"), 2, "error[BAD_VALUE]: --block-size: '2000'"),
     (("serve", "no/such"), 4, "error[MODEL_NOT_FOUND]: there is no model 'no/such'"),
     (("serve", "tests"), 4, "error[MODEL_INCOMPLETE]: tests is not a complete model directory"),
     (("serve", "--http", "1.2.3.4:80"), 5, "error[BAD_ADDRESS]: 1.2.3.4:80 cannot be listened on"),
@@ -126,6 +132,32 @@ def test_a_mistake_is_three_lines_and_a_code(
     assert (len(lines), captured.out) == (3, "")
     assert lines[0].startswith(first_line)
     assert lines[2].startswith("  fix: ")
+
+
+FIXES = [
+    (("serv",), "staffetta serve"),
+    (("serve", "--prefil", "2"), "staffetta serve --prefill 1"),
+    (("ask", "hi", "--adress", "x"), "staffetta ask --address 127.0.0.1:50051"),
+    (("ask", "hi", "--address", "127.0.0.1:1"), "staffetta serve demo"),
+]
+
+
+@pytest.mark.parametrize(("argv", "fix"), FIXES)
+def test_a_fix_is_a_line_to_paste(argv: tuple[str, ...], fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_command(*argv)
+    assert capsys.readouterr().err.splitlines()[-1] == f"  fix: {fix}"
+
+
+def test_config_show_is_about_serve_unless_a_role_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("config", "show", "serve", "--origin", "--decode", "2") == 0
+    named = capsys.readouterr().out
+    assert run_command("config", "show", "--origin", "--decode", "2") == 0
+    assert capsys.readouterr().out == named
+    assert " ".join(next(line for line in named.splitlines() if line.startswith("decode ")).split()) == (
+        "decode 2 flag --decode"
+    )
+    assert run_command("config", "show") == 0
+    assert "default" not in capsys.readouterr().out
 
 
 def test_config_show_names_values_and_origins_and_hides_secrets(
@@ -193,6 +225,22 @@ def test_a_chat_sends_all_turns_before_each_line(
         ("assistant", "ONE"),
         ("user", "two"),
     ]
+
+
+def test_a_chat_goes_on_after_a_refusal_with_the_turns_before_it(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\nfull\ntwo\n"))
+    assert run_command("chat", "--address", door.address, "--json") == ExitCode.OK
+    captured = capsys.readouterr()
+    assert [json.loads(line)["text"] for line in captured.out.splitlines()] == ["ONE", "TWO"]
+    assert captured.err.splitlines()[0] == "error[QUEUE_FULL]: 64 requests wait, 64 may"
+    assert [m.content for m in door.gateway.requests[2].chat.messages] == ["one", "ONE", "two"]
+
+
+def test_a_chats_exit_code_is_that_of_its_last_line(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\nmodel\n"))
+    assert run_command("chat", "--address", door.address, "--json") == ExitCode.MODEL_NOT_FOUND
 
 
 def test_the_probe_says_whether_a_server_serves(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
