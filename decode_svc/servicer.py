@@ -331,6 +331,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if (stats := sequence.stats) is not None:
             event.summary.cached_tokens = stats.num_cached_tokens
             event.summary.num_preemptions = stats.num_preemptions
+            event.summary.recomputed_tokens = stats.num_recomputed_tokens
             event.summary.handoff.locally_prefilled_tokens = stats.num_local_prompt_tokens
         queue_s = record.prefill_queue_s or (stats.queue_s if stats is not None else 0.0)
         event.summary.timings.CopyFrom(self._timings(active, queue_s=queue_s, landed_at=record.landed_at))

@@ -15,13 +15,14 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
 
 from gateway.metrics import InFlight, Metrics
 from gateway.model import Model
 from gateway.output import Output
-from gateway.prepare import Prepared, detokenize, prepare, tokenize
+from gateway.prepare import Prepared, detokenize, prepare, sampling_within, tokenize
 from gateway.request import Delta, Event, Finished, JourneyRequest, Placed, Prompt, Started, new_request_id
 from gateway.router import Demand, Refusal, choose
 from gateway.session import RequestStream
@@ -206,15 +207,23 @@ class Journeys:
     async def _dispatch(
         self, request: JourneyRequest, prepared: Prepared, request_id: str, refused: Mapping[str, StaffettaError]
     ) -> RequestStream:
-        """Starts the request on the best pair that has not refused it, when there is one."""
-        demand = Demand(
-            num_prompt_tokens=len(prepared.token_ids),
-            max_tokens=prepared.sampling.max_tokens,
-            hashes=prepared.hashes,
-            excluded=refused.keys(),
-        )
+        """Starts the request on the best pair that has not refused it, when there is one.
+
+        Raises ContextLengthExceededError when there are workers and their contexts are all too short.
+        """
         give_up_at = asyncio.get_running_loop().time() + self._config.start_timeout_s
-        while isinstance(route := choose(self._workers.snapshot(), demand), Refusal):
+        while True:
+            # At every turn: who is there decides how long the context is.
+            sampling = sampling_within(prepared, replace(self.model.limits, max_model_len=self.max_model_len()))
+            demand = Demand(
+                num_prompt_tokens=len(prepared.token_ids),
+                max_tokens=sampling.max_tokens,
+                hashes=prepared.hashes,
+                excluded=refused.keys(),
+            )
+            route = choose(self._workers.snapshot(), demand)
+            if not isinstance(route, Refusal):
+                break
             if refused:
                 raise list(refused.values())[-1]
             if route is Refusal.FULL:
@@ -227,7 +236,7 @@ class Journeys:
         session = self._workers.take(route, num_prompt_tokens=len(prepared.token_ids))
         start = decode_pb2.StartRequest(
             request_id=request_id,
-            sampling=prepared.sampling,
+            sampling=sampling,
             prefill_worker=route.prefill_worker or "",
             on_prefill_failure=request.on_prefill_failure,
             credit=self._config.credit_tokens,
@@ -293,9 +302,8 @@ class Journeys:
         handoff = common_pb2.HandoffReport()
         handoff.CopyFrom(summary.handoff)
         handoff.decode_worker = handoff.decode_worker or stream.worker_id
-        finished = Finished(reason, usage, handoff, timings, output.stop_string)
-        self._metrics.handed_off(finished)
-        return finished
+        self._metrics.summarized(summary)
+        return Finished(reason, usage, handoff, timings, output.stop_string)
 
 
 async def _summary_of_cancelled(journey: _Journey, stream: RequestStream) -> decode_pb2.SequenceSummary:

@@ -7,17 +7,20 @@ request.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.request import Finished
 from gateway.workers import Workers
+from staffetta.v1 import decode_pb2
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _GAP_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+BLOCK_STATES: Final = ("free", "cached", "held", "quarantined")
+HANDOFF_STAGES: Final = ("queue", "prefill", "transfer")
+"""In the order in which they happen; `transfer` is what was left of it after the first token."""
 _BYTES: Final = tuple(4.0**power * 1024 for power in range(11))
 
 
@@ -34,6 +37,8 @@ class Metrics:
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         self._registry = CollectorRegistry()
+        # When a series began is noise to whoever reads the page. The library has one switch for the process.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.time_to_first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", _LATENCY_S
         )
@@ -46,14 +51,19 @@ class Metrics:
             model_name
         )
         self._ended = self._counter("vllm:request_success", "Ended requests, by how.", "model_name", "finished_reason")
-        self._recomputed_tokens = self._counter(
-            "staffetta_recomputed_tokens", "Prompt tokens computed again.", "reason"
-        )
+        self._recomputed_tokens = self._counter("staffetta_recomputed_tokens", "Tokens computed again.", "reason")
         self._handoff_bytes = Histogram(
             "staffetta_handoff_bytes",
             "KV bytes pulled for a request.",
             ("transport",),
             buckets=_BYTES,
+            registry=self._registry,
+        )
+        self._handoff_s = Histogram(
+            "staffetta_handoff_seconds",
+            "Requests whose KV was pulled: until computing began, to the first token, to the last block.",
+            ("stage",),
+            buckets=_LATENCY_S,
             registry=self._registry,
         )
 
@@ -68,11 +78,14 @@ class Metrics:
         self._prompt_tokens.inc(num_prompt_tokens)
         self._generated_tokens.inc(num_tokens)
 
-    def handed_off(self, finished: Finished) -> None:
-        """Counts how the KV of a finished request travelled."""
-        handoff = finished.handoff
+    def summarized(self, summary: decode_pb2.SequenceSummary) -> None:
+        """Counts how the KV of a finished request travelled, and what was computed twice."""
+        handoff = summary.handoff
         if handoff.transport:
             self._handoff_bytes.labels(handoff.transport).observe(handoff.handoff_bytes)
+            for stage in HANDOFF_STAGES:
+                self._handoff_s.labels(stage).observe(getattr(summary.timings, f"{stage}_s"))
+        self._recomputed_tokens.labels("preemption").inc(summary.recomputed_tokens)
         if handoff.failed_handoffs:
             self._recomputed_tokens.labels("handoff_failed").inc(handoff.locally_prefilled_tokens)
 
@@ -103,18 +116,23 @@ class _Gauges(Collector):
         now = self._in_flight()
         yield self._gauge("vllm:num_requests_running", "Requests that have produced a token.", now.num_running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that have not.", now.num_waiting)
+        usage = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 1 is all.", labels=("model_name", "worker")
+        )
         blocks = GaugeMetricFamily("staffetta_kv_blocks", "KV blocks of a worker.", labels=("worker", "state"))
         stalled = GaugeMetricFamily("staffetta_engine_stalled", "1 while an engine stands still.", labels=("worker",))
         sessions = GaugeMetricFamily("staffetta_sessions", "1 while a session is open.", labels=("worker",))
         for worker in self._workers:
-            available = worker.load.num_available_blocks
-            blocks.add_metric((worker.worker_id, "available"), available)
-            blocks.add_metric((worker.worker_id, "held"), max(0, worker.announcement.num_blocks - available))
+            for state in BLOCK_STATES:
+                blocks.add_metric((worker.worker_id, state), getattr(worker.load, f"{state}_blocks"))
+            num_blocks = worker.announcement.num_blocks
+            num_used = num_blocks - worker.load.num_available_blocks
+            usage.add_metric((self._model_name, worker.worker_id), num_used / num_blocks if num_blocks else 0.0)
             if worker.is_decode:
                 session = worker.session
                 sessions.add_metric((worker.worker_id,), session is not None)
                 stalled.add_metric((worker.worker_id,), session is not None and session.is_stalled)
-        yield from (blocks, sessions, stalled)
+        yield from (usage, blocks, sessions, stalled)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=("model_name",))

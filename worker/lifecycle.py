@@ -149,6 +149,10 @@ class Worker:
             num_available_blocks=counts.free_blocks + counts.cached_blocks,
             is_draining=self._is_draining,
             engine_steps=counts.engine_steps,
+            free_blocks=counts.free_blocks,
+            cached_blocks=counts.cached_blocks,
+            quarantined_blocks=counts.quarantined_blocks,
+            held_blocks=counts.held_blocks,
         )
 
     async def cache_events(self) -> CacheEvents:

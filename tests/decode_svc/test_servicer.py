@@ -222,6 +222,19 @@ async def test_many_events_of_one_step_are_split_over_messages(monkeypatch: pyte
 async def test_a_token_that_a_hand_off_brought_is_not_sent_again() -> None:
     """The engine draws it again when it gave the hand-off up before it heard of the token."""
     async with prefill_worker() as prefill, decode_worker(prefill) as decode, client_of(decode) as client:
+@in_loop
+async def test_an_ending_tells_what_preemption_cost() -> None:
+    async with decode_worker(**ALONE, num_blocks=8) as decode, client_of(decode) as client:
+        answers = [client.start(make_prompt(40, seed=seed), max_tokens=60) for seed in range(2)]
+        for answer in answers:
+            await answer.ended()
+    summaries = [answer.last.summary for answer in answers if answer.last is not None]
+    assert sorted(summary.num_preemptions > 0 for summary in summaries) == [False, True]
+    assert [summary.recomputed_tokens > 0 for summary in summaries] == [
+        summary.num_preemptions > 0 for summary in summaries
+    ]
+
+
         prefill.faults.hold()
         answer = client.start(make_prompt(40), max_tokens=5)
         await answer.until(lambda answer: len(answer.tokens) == 1)

@@ -22,6 +22,8 @@ SUMMARY = decode_pb2.SequenceSummary(
     handoff=common_pb2.HandoffReport(
         prefill_worker="prefill-0", decode_worker="decode-0", transport="shm", handoff_bytes=4096, handoff_blocks=1
     ),
+    num_preemptions=1,
+    recomputed_tokens=6,
     timings=common_pb2.PhaseTimings(queue_s=0.0001, prefill_s=0.0002, transfer_s=0.0003, decode_s=0.0004),
 )
 
@@ -196,6 +198,10 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
                 number += 1
                 report = registry_pb2.RegisterRequest(sequence_number=number, links=self.links)
                 report.load.num_available_blocks = 100
+                report.load.free_blocks = 70
+                report.load.cached_blocks = 30
+                report.load.quarantined_blocks = 4
+                report.load.held_blocks = 24
                 report.load.is_draining = self.is_draining
                 if number == 1:
                     report.announcement.CopyFrom(

@@ -314,8 +314,14 @@ async def test_metrics_read_what_dashboards_read() -> None:
     assert 'vllm:num_requests_running{model_name="demo"} 0.0' in page
     assert 'vllm:time_to_first_token_seconds_count{model_name="demo"} 1.0' in page
     assert f'vllm:inter_token_latency_seconds_count{{model_name="demo"}} {count - 1}.0' in page
-    assert 'staffetta_kv_blocks{state="available",worker="decode-0"} 100.0' in page
-    assert 'staffetta_kv_blocks{state="held",worker="decode-0"} 28.0' in page
+    blocks = {"free": 70, "cached": 30, "held": 24, "quarantined": 4}
+    for state, num_blocks in blocks.items():
+        assert f'staffetta_kv_blocks{{state="{state}",worker="decode-0"}} {num_blocks}.0' in page
+    assert f'vllm:kv_cache_usage_perc{{model_name="demo",worker="decode-0"}} {28 / 128}' in page
+    for stage, seconds in {"queue": 0.0001, "prefill": 0.0002, "transfer": 0.0003}.items():
+        assert f'staffetta_handoff_seconds_sum{{stage="{stage}"}} {seconds}' in page
+    assert 'staffetta_recomputed_tokens_total{reason="preemption"} 6.0' in page
+    assert "_created" not in page
     assert 'staffetta_handoff_bytes_sum{transport="shm"} 4096.0' in page
 
 

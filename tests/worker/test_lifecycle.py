@@ -61,6 +61,9 @@ async def test_a_worker_ends_with_zero_after_a_drain() -> None:
         assert info.backend == process.worker.backend
         load = await stub.GetLoad(control_pb2.GetLoadRequest())
         assert (load.total_blocks, load.free_blocks, load.num_sessions, load.is_draining) == (32, 32, 0, False)
+        reported = await process.worker.load()
+        blocks = (reported.free_blocks, reported.cached_blocks, reported.quarantined_blocks, reported.held_blocks)
+        assert (blocks, reported.num_available_blocks) == ((32, 0, 0, 0), 32)
         assert load.num_tasks > 0
         assert load.num_descriptors > 3
         os.kill(os.getpid(), signal.SIGTERM)
@@ -129,10 +132,23 @@ async def test_a_taken_port_ends_a_worker_and_all_its_threads() -> None:
     with pytest.raises(PortError) as raised:
         await process.running
     assert raised.value.exit_code == ExitCode.PORT_OR_PEER
-    assert raised.value.what == f"cannot listen on {address}"
+    assert raised.value.what == f"{address} is taken"
+    assert raised.value.fix == "--listen 127.0.0.1:0"
     names = {thread.name for thread in threading.enumerate()}
     assert not any(name == "engine" or name.startswith("kv-") for name in names), names
     await server.stop(grace_s=0)
+
+
+@in_loop
+async def test_a_worker_without_gateways_warns_that_it_registers_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    for gateways in ((), ("127.0.0.1:1",)):
+        caplog.clear()
+        process = RunningProcess(gateways=gateways)
+        address = await process.address()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert await process.running == 0
+        warning = f"no gateways are set: only peers that are told {address} find this worker"
+        assert (warning in caplog.messages) == (gateways == ())
 
 
 # Control, over a service that is all script

@@ -411,10 +411,13 @@ class SequenceSummary(_message.Message):
     HANDOFF_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     cached_tokens: _builtins.int
     """Counts prompt tokens whose KV was on the worker already."""
     num_preemptions: _builtins.int
     """Counts how often the sequence was preempted."""
+    recomputed_tokens: _builtins.int
+    """Counts tokens that were computed again because of that."""
     @_builtins.property
     def handoff(self) -> _common_pb2.HandoffReport:
         """Says how the KV travelled."""
@@ -430,10 +433,11 @@ class SequenceSummary(_message.Message):
         handoff: _common_pb2.HandoffReport | None = ...,
         timings: _common_pb2.PhaseTimings | None = ...,
         num_preemptions: _builtins.int = ...,
+        recomputed_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handoff", b"handoff", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "handoff", b"handoff", "num_preemptions", b"num_preemptions", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "handoff", b"handoff", "num_preemptions", b"num_preemptions", "recomputed_tokens", b"recomputed_tokens", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

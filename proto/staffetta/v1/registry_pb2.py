@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from staffetta.v1 import common_pb2 as staffetta_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstaffetta/v1/registry.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\xf5\x01\n\x0fRegisterRequest\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x36\n\x0c\x61nnouncement\x18\x02 \x01(\x0b\x32 .staffetta.v1.WorkerAnnouncement\x12&\n\x04load\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.WorkerLoad\x12\x15\n\rstored_blocks\x18\x04 \x03(\x06\x12\x16\n\x0eremoved_blocks\x18\x05 \x03(\x06\x12\x13\n\x0bis_snapshot\x18\x06 \x01(\x08\x12%\n\x05links\x18\x07 \x03(\x0b\x32\x16.staffetta.v1.PeerLink\"\xd7\x01\n\x12WorkerAnnouncement\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x18\n\x10prefills_locally\x18\x05 \x01(\x08\x12\x12\n\npool_bytes\x18\x06 \x01(\x04\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\"\x9b\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_pending_tokens\x18\x03 \x01(\r\x12\x1c\n\x14num_available_blocks\x18\x04 \x01(\r\x12\x13\n\x0bis_draining\x18\x05 \x01(\x08\x12\x14\n\x0c\x65ngine_steps\x18\x06 \x01(\x04\"J\n\x08PeerLink\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\"U\n\x10RegisterResponse\x12)\n\rprefill_peers\x18\x01 \x03(\x0b\x32\x12.staffetta.v1.Peer\x12\x16\n\x0ewants_snapshot\x18\x02 \x01(\x08\"?\n\x04Peer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x14\n\x12ListWorkersRequest\"F\n\x13ListWorkersResponse\x12/\n\x07workers\x18\x01 \x03(\x0b\x32\x1e.staffetta.v1.RegisteredWorker\"\xae\x01\n\x10RegisteredWorker\x12\x36\n\x0c\x61nnouncement\x18\x01 \x01(\x0b\x32 .staffetta.v1.WorkerAnnouncement\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.staffetta.v1.WorkerLoad\x12%\n\x05links\x18\x03 \x03(\x0b\x32\x16.staffetta.v1.PeerLink\x12\x13\n\x0bhas_session\x18\x04 \x01(\x08\x32\xb4\x01\n\x0fRegistryService\x12M\n\x08Register\x12\x1d.staffetta.v1.RegisterRequest\x1a\x1e.staffetta.v1.RegisterResponse(\x01\x30\x01\x12R\n\x0bListWorkers\x12 .staffetta.v1.ListWorkersRequest\x1a!.staffetta.v1.ListWorkersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstaffetta/v1/registry.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\xf5\x01\n\x0fRegisterRequest\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x36\n\x0c\x61nnouncement\x18\x02 \x01(\x0b\x32 .staffetta.v1.WorkerAnnouncement\x12&\n\x04load\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.WorkerLoad\x12\x15\n\rstored_blocks\x18\x04 \x03(\x06\x12\x16\n\x0eremoved_blocks\x18\x05 \x03(\x06\x12\x13\n\x0bis_snapshot\x18\x06 \x01(\x08\x12%\n\x05links\x18\x07 \x03(\x0b\x32\x16.staffetta.v1.PeerLink\"\xd7\x01\n\x12WorkerAnnouncement\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x18\n\x10prefills_locally\x18\x05 \x01(\x08\x12\x12\n\npool_bytes\x18\x06 \x01(\x04\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\"\xf8\x01\n\nWorkerLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_pending_tokens\x18\x03 \x01(\r\x12\x1c\n\x14num_available_blocks\x18\x04 \x01(\r\x12\x13\n\x0bis_draining\x18\x05 \x01(\x08\x12\x14\n\x0c\x65ngine_steps\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x07 \x01(\r\x12\x15\n\rcached_blocks\x18\x08 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\t \x01(\r\x12\x13\n\x0bheld_blocks\x18\n \x01(\r\"J\n\x08PeerLink\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x01\"U\n\x10RegisterResponse\x12)\n\rprefill_peers\x18\x01 \x03(\x0b\x32\x12.staffetta.v1.Peer\x12\x16\n\x0ewants_snapshot\x18\x02 \x01(\x08\"?\n\x04Peer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x14\n\x12ListWorkersRequest\"F\n\x13ListWorkersResponse\x12/\n\x07workers\x18\x01 \x03(\x0b\x32\x1e.staffetta.v1.RegisteredWorker\"\xae\x01\n\x10RegisteredWorker\x12\x36\n\x0c\x61nnouncement\x18\x01 \x01(\x0b\x32 .staffetta.v1.WorkerAnnouncement\x12&\n\x04load\x18\x02 \x01(\x0b\x32\x18.staffetta.v1.WorkerLoad\x12%\n\x05links\x18\x03 \x03(\x0b\x32\x16.staffetta.v1.PeerLink\x12\x13\n\x0bhas_session\x18\x04 \x01(\x08\x32\xb4\x01\n\x0fRegistryService\x12M\n\x08Register\x12\x1d.staffetta.v1.RegisterRequest\x1a\x1e.staffetta.v1.RegisterResponse(\x01\x30\x01\x12R\n\x0bListWorkers\x12 .staffetta.v1.ListWorkersRequest\x1a!.staffetta.v1.ListWorkersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WORKERANNOUNCEMENT']._serialized_start=321
   _globals['_WORKERANNOUNCEMENT']._serialized_end=536
   _globals['_WORKERLOAD']._serialized_start=539
-  _globals['_WORKERLOAD']._serialized_end=694
-  _globals['_PEERLINK']._serialized_start=696
-  _globals['_PEERLINK']._serialized_end=770
-  _globals['_REGISTERRESPONSE']._serialized_start=772
-  _globals['_REGISTERRESPONSE']._serialized_end=857
-  _globals['_PEER']._serialized_start=859
-  _globals['_PEER']._serialized_end=922
-  _globals['_LISTWORKERSREQUEST']._serialized_start=924
-  _globals['_LISTWORKERSREQUEST']._serialized_end=944
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=946
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1016
-  _globals['_REGISTEREDWORKER']._serialized_start=1019
-  _globals['_REGISTEREDWORKER']._serialized_end=1193
-  _globals['_REGISTRYSERVICE']._serialized_start=1196
-  _globals['_REGISTRYSERVICE']._serialized_end=1376
+  _globals['_WORKERLOAD']._serialized_end=787
+  _globals['_PEERLINK']._serialized_start=789
+  _globals['_PEERLINK']._serialized_end=863
+  _globals['_REGISTERRESPONSE']._serialized_start=865
+  _globals['_REGISTERRESPONSE']._serialized_end=950
+  _globals['_PEER']._serialized_start=952
+  _globals['_PEER']._serialized_end=1015
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1017
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1037
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1039
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1109
+  _globals['_REGISTEREDWORKER']._serialized_start=1112
+  _globals['_REGISTEREDWORKER']._serialized_end=1286
+  _globals['_REGISTRYSERVICE']._serialized_start=1289
+  _globals['_REGISTRYSERVICE']._serialized_end=1469
 # @@protoc_insertion_point(module_scope)

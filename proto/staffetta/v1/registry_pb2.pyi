@@ -139,6 +139,10 @@ class WorkerLoad(_message.Message):
     NUM_AVAILABLE_BLOCKS_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
     ENGINE_STEPS_FIELD_NUMBER: _builtins.int
+    FREE_BLOCKS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
+    HELD_BLOCKS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Counts sequences that are being computed."""
     num_waiting: _builtins.int
@@ -151,6 +155,14 @@ class WorkerLoad(_message.Message):
     """Says that the worker takes no new requests."""
     engine_steps: _builtins.int
     """Counts engine steps so far."""
+    free_blocks: _builtins.int
+    """Counts KV blocks that hold nothing."""
+    cached_blocks: _builtins.int
+    """Counts KV blocks that only the prefix cache keeps."""
+    quarantined_blocks: _builtins.int
+    """Counts KV blocks that are set aside, because a peer may still write to them or read them."""
+    held_blocks: _builtins.int
+    """Counts KV blocks that requests hold."""
     def __init__(
         self,
         *,
@@ -160,10 +172,14 @@ class WorkerLoad(_message.Message):
         num_available_blocks: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
         engine_steps: _builtins.int = ...,
+        free_blocks: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
+        quarantined_blocks: _builtins.int = ...,
+        held_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_steps", b"engine_steps", "is_draining", b"is_draining", "num_available_blocks", b"num_available_blocks", "num_pending_tokens", b"num_pending_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "engine_steps", b"engine_steps", "free_blocks", b"free_blocks", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "num_available_blocks", b"num_available_blocks", "num_pending_tokens", b"num_pending_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "quarantined_blocks", b"quarantined_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
