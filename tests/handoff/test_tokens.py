@@ -16,7 +16,6 @@ from tests.handoff.cluster import (
     until_idle,
 )
 from tests.rpc.in_loop import in_loop
-from worker import codec
 
 BLOCK = 16
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 100, 127, 128, 129, 199, 200)
@@ -175,8 +174,7 @@ async def test_log_probabilities_of_a_hand_off_are_those_of_one_worker() -> None
 async def test_a_prompt_in_many_parts_is_put_together_on_both_legs() -> None:
     prompt = make_prompt(200, seed=4)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(codec, "TOKEN_IDS_PER_MESSAGE", 7)
-        assert len(prompt) < session.TOKEN_IDS_PER_MESSAGE
+        patched.setattr(session, "TOKEN_IDS_PER_MESSAGE", 7)
         async with prefill_worker() as prefill, decode_worker(prefill) as decode, client_of(decode) as client:
             answer = await client.ask(prompt)
             await until_idle(prefill, decode)
@@ -194,9 +192,9 @@ async def test_many_requests_share_a_pool_that_holds_only_a_few() -> None:
 
 @in_loop
 async def test_a_short_prompt_is_computed_here_when_that_is_allowed() -> None:
-    prompts = [make_prompt(32, seed=1), make_prompt(33, seed=2)]
+    prompts = [make_prompt(16, seed=1), make_prompt(17, seed=2)]
     async with prefill_worker() as prefill, decode_worker(prefill, local_prefill="auto") as decode:
         answers = await answers_of(decode, prompts)
         await until_idle(prefill, decode)
     assert [answer.handoff.prefill_worker for answer in answers] == ["", "prefill-0"]
-    assert [answer.handoff.locally_prefilled_tokens for answer in answers] == [32, 0]
+    assert [answer.handoff.locally_prefilled_tokens for answer in answers] == [16, 0]

@@ -9,7 +9,7 @@ import pytest
 from demo import MODEL_DIR
 from engine.request import StepOutput
 from staffetta.config.schema import PrefillConfig
-from staffetta.exits import DoesNotFitError, ExitCode, ModelNotFoundError, UsageError, run
+from staffetta.exits import DoesNotFitError, ModelNotFoundError, UsageError, run
 from staffetta.v1 import common_pb2
 from worker import rank as rank_module
 from worker.rank import Rank, load_rank, open_exporters
@@ -95,12 +95,6 @@ def test_a_pool_beyond_the_memory_there_is_does_not_fit(capsys: pytest.CaptureFi
 def test_memory_that_caches_would_give_back_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda _: "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    5 kB\n")
     assert rank_module._available_bytes() == 5 * 1024
-
-
-@pytest.mark.parametrize("key", ["no hexadecimal", "abc", "ab" * 15, "ab" * 65])
-def test_a_cluster_key_that_is_none_is_the_operators_mistake(key: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert code_of(make_config(cluster_key=key)) == ExitCode.USAGE
-    assert "error[BAD_CLUSTER_KEY]" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
