@@ -21,11 +21,17 @@ SEED_BITS = 63
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A request that can be started. `stop_token_ids` are all ids that end it and have no text; `stop` are its
-    strings."""
+    """A request that can be started once `sampling_within` a worker's context is known.
+
+    `sampling` has every default resolved but that of max_tokens, for which `default_max_tokens` is the most, None
+    meaning all that the context leaves. `prompt_param` names the field that the prompt came in. `stop_token_ids` are
+    all ids that end it and have no text; `stop` are its strings.
+    """
 
     token_ids: Sequence[int]
+    prompt_param: str
     sampling: common_pb2.SamplingParams
+    default_max_tokens: int | None
     stop: tuple[str, ...]
     stop_token_ids: frozenset[int]
     hashes: Mapping[int, Sequence[int]]
@@ -41,13 +47,15 @@ def prepare(
     validate.check_sampling(request.sampling, limits)
     token_ids = tokenize(request.prompt, model)
     field = "messages" if isinstance(request.prompt, ChatPrompt) else "prompt"
+    # Before the hashing of a prompt that fits nobody.
     validate.check_budget(len(token_ids), request.sampling.max_tokens, limits, param=field)
-    sampling = _resolve(request, model, num_left=limits.max_model_len - len(token_ids))
-    validate.check_sampling(sampling, limits)
+    sampling = _resolve(request.sampling, model)
     stop_token_ids = frozenset(sampling.stop_token_ids)
-    return Prepared(
+    prepared = Prepared(
         token_ids=token_ids,
+        prompt_param=field,
         sampling=_to_wire(sampling),
+        default_max_tokens=request.default_max_tokens,
         stop=sampling.stop,
         stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | model.eos_token_ids,
         hashes={
@@ -55,6 +63,24 @@ def prepare(
             for size in block_sizes
         },
     )
+    sampling_within(prepared, limits)
+    return prepared
+
+
+def sampling_within(prepared: Prepared, limits: Limits) -> common_pb2.SamplingParams:
+    """The sampling that workers of these `limits` are sent, with max_tokens resolved.
+
+    Raises ContextLengthExceededError, or InvalidRequestError, when the request does not fit them.
+    """
+    sampling = common_pb2.SamplingParams()
+    sampling.CopyFrom(prepared.sampling)
+    asked = sampling.max_tokens if sampling.HasField("max_tokens") else None
+    validate.check_budget(len(prepared.token_ids), asked, limits, param=prepared.prompt_param)
+    if asked is None:
+        num_left = limits.max_model_len - len(prepared.token_ids)
+        sampling.max_tokens = min(num_left, prepared.default_max_tokens or num_left)
+    validate.check_sampling(validate.sampling_of(sampling), limits)
+    return sampling
 
 
 def check_model(name: str, model: Model) -> None:
@@ -92,16 +118,14 @@ def detokenize(token_ids: Sequence[int], model: Model) -> str:
     return model.text.decode(token_ids)
 
 
-def _resolve(request: JourneyRequest, model: Model, *, num_left: int) -> Sampling:
-    asked, defaults = request.sampling, model.defaults
-    wanted = num_left if request.default_max_tokens is None else min(request.default_max_tokens, num_left)
+def _resolve(asked: Sampling, model: Model) -> Sampling:
+    defaults = model.defaults
     return replace(
         asked,
         temperature=defaults.temperature if asked.temperature is None else asked.temperature,
         top_p=defaults.top_p if asked.top_p is None else asked.top_p,
         top_k=defaults.top_k if asked.top_k is None else asked.top_k,
         seed=secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed,
-        max_tokens=wanted if asked.max_tokens is None else asked.max_tokens,
         min_tokens=asked.min_tokens or 0,
         ignore_eos=asked.ignore_eos or False,
     )

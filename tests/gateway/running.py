@@ -60,9 +60,12 @@ class Running:
     grpc_address: str
     others: list[FakeDecodeWorker]
 
-    async def add_worker(self, worker_id: str, *, reply: Sequence[int] | None = ()) -> FakeDecodeWorker:
+    async def add_worker(
+        self, worker_id: str, *, reply: Sequence[int] | None = (), max_model_len: int = 2048
+    ) -> FakeDecodeWorker:
         """One more fake worker, with a session."""
         worker = FakeDecodeWorker(self.worker.digest, worker_id=worker_id, reply=reply)
+        worker.max_model_len = max_model_len
         self.others.append(worker)
         await worker.start(self.grpc_address)
         await self.until_open(worker_id)

@@ -117,3 +117,41 @@ async def test_a_restarted_worker_of_the_same_name_is_found_again() -> None:
         it.others.append(again)
         await again.start(it.grpc_address)
         assert (await send(it)).json()["choices"][0]["message"]["content"] == "b"
+
+
+@asynchronous
+async def test_a_request_that_waited_gets_what_the_context_of_the_worker_that_came_leaves() -> None:
+    async with running(reply=ids_of("a"), has_worker=False) as it:
+        task = send(it)
+        await eventually(lambda: it.gateway.journeys.in_flight().num_waiting == 1)
+        it.worker.max_model_len = 100
+        await it.worker.start(it.grpc_address)
+        response = await task
+        start = await it.worker.starts.get()
+    assert response.status_code == 200
+    assert start.sampling.max_tokens == 100 - start.num_prompt_tokens
+
+
+@asynchronous
+async def test_a_request_that_waited_for_a_worker_it_cannot_fit_is_refused_at_once() -> None:
+    async with running(has_worker=False, start_timeout_s=60.0) as it:
+        task = send(it, max_tokens=200)
+        await eventually(lambda: it.gateway.journeys.in_flight().num_waiting == 1)
+        it.worker.max_model_len = 100
+        await it.worker.start(it.grpc_address)
+        response = await task
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert "maximum context length is 100 tokens" in response.json()["error"]["message"]
+
+
+@asynchronous
+async def test_a_request_that_moves_gets_what_the_context_of_the_next_worker_leaves() -> None:
+    async with running(reply=None) as it:
+        task = send(it)
+        first = await it.worker.starts.get()
+        other = await it.add_worker("decode-1", reply=ids_of("a"), max_model_len=100)
+        await it.worker.stop()
+        assert (await task).status_code == 200
+        second = await other.starts.get()
+    assert first.sampling.max_tokens == 2048 - first.num_prompt_tokens
+    assert second.sampling.max_tokens == 100 - second.num_prompt_tokens
