@@ -58,7 +58,7 @@ def make_message(num_bytes: int = 1) -> Message:
 
 
 def make_heartbeat() -> Message:
-    return Message(heartbeat=common_pb2.Heartbeat(engine_steps=7))
+    return Message(heartbeat=common_pb2.Heartbeat(engine_turns=7))
 
 
 async def receive_all(pipe: Pipe) -> None:
@@ -145,7 +145,7 @@ async def test_heartbeats_are_sent_whether_or_not_anything_else_is() -> None:
     pipe = make_pipe(wire, heartbeat_s=0.01)
     async with running(pipe, consume=asyncio.Event().wait):  # type: ignore[arg-type]
         await until(lambda: len(wire.written) >= 3)
-    assert [m.heartbeat.engine_steps for m in wire.written[:3]] == [7, 7, 7]
+    assert [m.heartbeat.engine_turns for m in wire.written[:3]] == [7, 7, 7]
     assert [m.sequence_number for m in wire.written[:3]] == [1, 2, 3]
 
 
@@ -270,3 +270,28 @@ async def test_cancelling_run_ends_its_tasks_and_lets_the_consumer_clean_up() ->
         await task
     assert ended == ["consumer"]
     assert len(asyncio.all_tasks()) == 1
+
+
+@in_loop
+async def test_a_message_that_is_being_written_ends_before_the_session_does() -> None:
+    wire = Wire()
+    wire.may_write.clear()
+    pipe = make_pipe(wire)
+
+    async def consume() -> None:
+        await pipe.receive()
+        raise ProtocolError("refused")
+
+    task = asyncio.create_task(pipe.run(consume(), make_heartbeat=make_heartbeat))
+    pipe.send(make_message())
+    pipe.send(make_message())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    wire.deliver(1)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not task.done()
+    wire.may_write.set()
+    with pytest.raises(ProtocolError, match="refused"):
+        await task
+    assert [m.sequence_number for m in wire.written] == [1]

@@ -17,6 +17,7 @@ from staffetta.rpc.options import MAX_MESSAGE_BYTES
 PROTOCOL_VERSION = 1
 SILENT_HEARTBEATS = 3
 MAX_PENDING_MESSAGES = 16384
+LAST_WRITE_S = 0.5
 TOKEN_IDS_PER_MESSAGE = 32 * 1024
 """A varint of a token id takes at most 5 bytes, so a full part stays below the message bound."""
 
@@ -67,6 +68,7 @@ class SessionPipe(Generic[In, Out]):
         self._num_received = 0
         self._failure: StaffettaError | None = None
         self._has_failed = asyncio.Event()
+        self._is_ending = False
 
     def send(self, message: Out) -> None:
         """Numbers `message` and queues it. Raises ProtocolError for one above the bound of 256 KiB."""
@@ -102,29 +104,45 @@ class SessionPipe(Generic[In, Out]):
 
     async def run(self, consume: Coroutine[object, object, None], *, make_heartbeat: Callable[[], Out]) -> None:
         """Runs the session until `consume`, which receives its messages, returns or anything raises."""
+        writer = asyncio.create_task(self._run_writer())
         tasks = [
             asyncio.create_task(consume),
-            asyncio.create_task(self._run_writer()),
             asyncio.create_task(self._run_heartbeat(make_heartbeat)),
             asyncio.create_task(self._watch_failure()),
         ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([writer, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._end_writer(writer)
+            finally:
+                writer.cancel()
 
     async def _run_writer(self) -> None:
-        """Writes queued messages until cancelled."""
-        while True:
+        """Writes queued messages until it is told to end, which it does between two messages."""
+        while not self._is_ending:
             await self._has_pending.wait()
             self._has_pending.clear()
-            while self._pending:
+            while self._pending and not self._is_ending:
                 await self._write(self._pending.popleft())
             self._is_drained.set()
+
+    async def _end_writer(self, writer: "asyncio.Task[None]") -> None:
+        """Lets the message end that is being written, unless the peer does not read.
+
+        A write that is cancelled half way can keep the status of a server's call, and with it the reason of the end,
+        from ever reaching the peer.
+        """
+        self._is_ending = True
+        self._has_pending.set()
+        await asyncio.wait({writer}, timeout=LAST_WRITE_S)
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
 
     async def _watch_failure(self) -> None:
         """Raises what `fail` was told."""
