@@ -40,7 +40,7 @@ _EASY_WEIGHT: Final = 0.2
 _END_WEIGHT: Final = 0.5
 _STORY_WEIGHT: Final = 0.2
 _PAIR_WEIGHT: Final = 2.0
-_REPLY_CHARACTERS: Final = 30
+_REPLY_CHARACTERS: Final = 80
 
 NOTED: Final = "Noted."
 """The reply to a message that states facts and asks nothing."""
@@ -142,7 +142,7 @@ def _drill_codes(rng: random.Random, num_records: int) -> Document:
 
 
 def _exchange(rng: random.Random) -> Document:
-    """One exchange of the lesser skills; a long reply weighs no more than a short one, lest stories drown sums."""
+    """One exchange of the lesser skills; a very long reply weighs no more than a long one, lest stories drown sums."""
     asked, reply = exchange(rng)
     return _turn(asked, Piece(reply, min(1.0, _REPLY_CHARACTERS / len(reply))))
 
