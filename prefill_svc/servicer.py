@@ -392,7 +392,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             now = self._loop.time()
             for handoff_id, handoff in tuple(self._handoffs.items()):
                 if handoff.lease_ends is not None and now > min(handoff.lease_ends, handoff.held_until or now):
-                    self._fail(handoff_id, HandoffFailedError("the blocks were not read within their lease"))
+                    self._fail(handoff_id, _unread(handoff.start.lease_s))
 
     # For control and shutdown
 
@@ -418,3 +418,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def close(self) -> None:
         """Ends the checksum thread."""
         self._checksums.shutdown(wait=True)
+
+
+def _unread(lease_s: float) -> HandoffFailedError:
+    return HandoffFailedError(f"the blocks were not read within their lease of {lease_s:g} s")

@@ -94,7 +94,13 @@ class Script:
     """One attempt from `begin` on. What came of it is in `log`, in the order in which it happened."""
 
     def __init__(
-        self, *, timeout_s: float = 60.0, may_recover: bool = True, num_held_tokens: int = 0, max_attempts: int = 3
+        self,
+        *,
+        timeout_s: float = 60.0,
+        limit_s: float = 600.0,
+        may_recover: bool = True,
+        num_held_tokens: int = 0,
+        max_attempts: int = 3,
     ) -> None:
         self.remote, self.local = _pools()
         self.local.buffer[:] = bytes(len(self.local.buffer))
@@ -108,7 +114,7 @@ class Script:
         self.peers = FakePeers({"prefill-0": self.session})
         self.peers.refresh_views()
         self.log: list[KVEvent | SampledToken] = []
-        self.num_held_tokens = num_held_tokens
+        self.num_held_tokens = self.num_announced_tokens = num_held_tokens
         self.num_grants = 0
         self.num_wrong_landings = 0
         self.source = HandoffSource(
@@ -116,6 +122,7 @@ class Script:
             memory=self.local,
             layout=LAYOUT,
             timeout_s=timeout_s,
+            limit_s=limit_s,
             lease_s=30.0,
             on_first_token=lambda request_id, token, reason: self.log.append(token),
             wake_engine=self._poll,
@@ -170,7 +177,14 @@ class Script:
     def chunk(self, *indices: int, entries: Iterable[BlockEntry] | None = None) -> None:
         entries = [self.entry(index) for index in indices] if entries is None else entries
         blocks = [entry_to_proto(entry) for entry in entries]
-        self.tell(chunk_ready=prefill_pb2.ChunkReady(ticket=self.ticket, blocks=blocks))
+        self.num_announced_tokens += sum(block.num_tokens for block in blocks)
+        chunk = prefill_pb2.ChunkReady(
+            ticket=self.ticket,
+            blocks=blocks,
+            num_ready_tokens=self.num_announced_tokens,
+            is_last=self.num_announced_tokens == len(PROMPT),
+        )
+        self.tell(chunk_ready=chunk)
 
     def first_token(self, finish_reason: common_pb2.FinishReason.ValueType = 0) -> None:  # type: ignore[assignment]
         token = common_pb2.Token(index=0, token_id=42)

@@ -340,12 +340,12 @@ async def test_the_clock_is_the_peers_progress_and_not_its_queue(monkeypatch: py
     monkeypatch.setattr(handoff_module, "PROGRESS_CHECK_S", 0.005)
     script = Script(timeout_s=0.1, may_recover=False)
     await script.begin()
-    for engine_steps in range(15):
-        script.session.on_heartbeat(common_pb2.Heartbeat(engine_steps=engine_steps))
+    for engine_turns in range(15):
+        script.session.on_heartbeat(common_pb2.Heartbeat(engine_turns=engine_turns))
         await asyncio.sleep(0.02)
     assert script.log == []
     for _ in range(200):  # a heart that beats over an engine that stands still
-        script.session.on_heartbeat(common_pb2.Heartbeat(engine_steps=14))
+        script.session.on_heartbeat(common_pb2.Heartbeat(engine_turns=14))
         await asyncio.sleep(0.005)
         if script.log:
             break

@@ -20,7 +20,12 @@ ALONE = {"local_prefill": "auto"}
 
 
 def make_open(decode: RunningWorker, **fields: object) -> decode_pb2.DecodeSessionRequest:
-    opening = {"protocol_version": 1, "gateway_id": "g", "model_digest": decode.host.rank.identity.model_digest}
+    opening = {
+        "protocol_version": 1,
+        "gateway_id": "g",
+        "heartbeat_s": 1.0,
+        "model_digest": decode.host.rank.identity.model_digest,
+    }
     return decode_pb2.DecodeSessionRequest(
         sequence_number=1,
         open=decode_pb2.OpenDecodeSession(**opening | fields),  # type: ignore[arg-type]
@@ -152,12 +157,21 @@ async def test_a_request_started_twice_ends_the_session_that_did() -> None:
     async with decode_worker(**ALONE) as decode, client_of(decode) as client:
         answer = client.start(make_prompt(5), max_tokens=900)
         await answer.until(lambda answer: bool(answer.tokens))
-        with pytest.raises(grpc.aio.AioRpcError, match="was started twice"):
-            async with client_of(decode) as other:
-                other.start(make_prompt(5), request_id=answer.request_id)
-                await until(lambda: other.call.done())
+        start = decode_pb2.StartRequest(request_id=answer.request_id)
+        error = await refusal(
+            decode, make_open(decode), decode_pb2.DecodeSessionRequest(sequence_number=2, start=start)
+        )
+        assert error.message == f"request {answer.request_id} was started twice"
         client.cancel(answer)
         await answer.ended()
+
+
+@in_loop
+async def test_the_reason_of_an_end_reaches_the_peer_though_a_message_is_under_way() -> None:
+    async with decode_worker(**ALONE) as decode:
+        for _ in range(40):  # the opening's answer is being written when the second message is refused
+            error = await refusal(decode, make_open(decode), decode_pb2.DecodeSessionRequest(sequence_number=2))
+            assert isinstance(error, ProtocolError)
 
 
 @in_loop
@@ -209,6 +223,19 @@ async def test_the_phases_of_a_request_add_up_to_its_time() -> None:
 
 
 @in_loop
+async def test_an_ending_tells_what_preemption_cost() -> None:
+    async with decode_worker(**ALONE, num_blocks=8) as decode, client_of(decode) as client:
+        answers = [client.start(make_prompt(40, seed=seed), max_tokens=60) for seed in range(2)]
+        for answer in answers:
+            await answer.ended()
+    summaries = [answer.last.summary for answer in answers if answer.last is not None]
+    assert sorted(summary.num_preemptions > 0 for summary in summaries) == [False, True]
+    assert [summary.recomputed_tokens > 0 for summary in summaries] == [
+        summary.num_preemptions > 0 for summary in summaries
+    ]
+
+
+@in_loop
 async def test_many_events_of_one_step_are_split_over_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servicer, "EVENTS_PER_MESSAGE", 2)
     async with decode_worker(**ALONE) as decode, client_of(decode) as client:
@@ -222,19 +249,6 @@ async def test_many_events_of_one_step_are_split_over_messages(monkeypatch: pyte
 async def test_a_token_that_a_hand_off_brought_is_not_sent_again() -> None:
     """The engine draws it again when it gave the hand-off up before it heard of the token."""
     async with prefill_worker() as prefill, decode_worker(prefill) as decode, client_of(decode) as client:
-@in_loop
-async def test_an_ending_tells_what_preemption_cost() -> None:
-    async with decode_worker(**ALONE, num_blocks=8) as decode, client_of(decode) as client:
-        answers = [client.start(make_prompt(40, seed=seed), max_tokens=60) for seed in range(2)]
-        for answer in answers:
-            await answer.ended()
-    summaries = [answer.last.summary for answer in answers if answer.last is not None]
-    assert sorted(summary.num_preemptions > 0 for summary in summaries) == [False, True]
-    assert [summary.recomputed_tokens > 0 for summary in summaries] == [
-        summary.num_preemptions > 0 for summary in summaries
-    ]
-
-
         prefill.faults.hold()
         answer = client.start(make_prompt(40), max_tokens=5)
         await answer.until(lambda answer: len(answer.tokens) == 1)

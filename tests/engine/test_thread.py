@@ -173,3 +173,13 @@ def test_a_call_cancelled_in_time_is_not_carried_out() -> None:
     with running(thread):
         thread.call(lambda _: seen.append("called")).result(TIMEOUT_S)
     assert seen == ["called"]
+
+
+def test_waking_makes_an_idle_loop_turn_so_that_a_wedged_one_shows() -> None:
+    engine, _ = make_engine()
+    with running(EngineThread(engine, on_output=Receiver())) as thread:
+        thread.call(lambda e: None).result(TIMEOUT_S)
+        before = thread.num_turns
+        thread.wake()
+        thread.call(lambda e: None).result(TIMEOUT_S)
+        assert thread.num_turns > before

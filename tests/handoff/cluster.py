@@ -246,6 +246,7 @@ async def client_of(decode: RunningWorker) -> AsyncIterator[Client]:
         client.send(
             open=decode_pb2.OpenDecodeSession(
                 protocol_version=PROTOCOL_VERSION,
+                heartbeat_s=1.0,
                 gateway_id="gateway",
                 model_digest=decode.host.rank.identity.model_digest,
             )

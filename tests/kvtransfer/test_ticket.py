@@ -73,16 +73,16 @@ def test_a_revoked_ticket_opens_nothing_and_revoking_twice_is_harmless() -> None
         tickets.extend(ticket, [2], lease_s=10)
 
 
-def test_sweeping_drops_expired_tickets_and_names_their_requests() -> None:
-    clock = Clock()
-    tickets = TicketBook(clock=clock)
-    short = tickets.issue("short", {b"s"}, [1], lease_s=1)
-    long = tickets.issue("long", {b"s"}, [2], lease_s=5)
-    clock.now = 102.0
-    assert tickets.sweep() == ["short"]
-    assert tickets.sweep() == []
-    assert tickets.check(short, b"s", [1]) is TicketVerdict.UNKNOWN
-    assert tickets.check(long, b"s", [2]) is TicketVerdict.VALID
+def test_renewing_lets_a_lease_start_anew_and_says_when_there_is_none() -> None:
+    now = [0.0]
+    tickets = TicketBook(clock=lambda: now[0])
+    ticket = tickets.issue("r", {b"key"}, {1}, lease_s=1.0)
+    now[0] = 0.9
+    assert tickets.renew(ticket, lease_s=1.0)
+    now[0] = 1.5
+    assert tickets.check(ticket, b"key", {1}) is TicketVerdict.VALID
+    tickets.revoke(ticket)
+    assert not tickets.renew(ticket, lease_s=1.0)
 
 
 def test_no_more_tickets_are_out_than_the_bound_and_expired_ones_make_room() -> None:

@@ -66,7 +66,7 @@ REFUSED = [
     ({"handoff_id": ""}, InvalidRequestError, "request_id is not 32 hexadecimal digits"),
     ({"handoff_id": "0F" * 16}, InvalidRequestError, "request_id is not 32 hexadecimal digits"),
     ({"num_prompt_tokens": 0, "token_ids": []}, InvalidRequestError, "has no tokens"),
-    ({"num_prompt_tokens": 61}, ContextLengthExceededError, "maximum context length is 64 tokens"),
+    ({"num_prompt_tokens": 64}, ContextLengthExceededError, "maximum context length is 64 tokens"),
     ({"token_ids": [1] * 41}, InvalidRequestError, "1 more tokens"),
     ({"token_ids": [100]}, InvalidRequestError, "token id 100"),
     ({"cache_salt": bytes(65)}, InvalidRequestError, "cache_salt is 65 bytes long"),

@@ -25,6 +25,7 @@ def make_identity(worker_id: str, **changes: object) -> common_pb2.WorkerIdentit
         model=f"model of {worker_id}",
         model_digest=str(changes.get("model_digest", "m")),
         numerics_digest=str(changes.get("numerics_digest", "n")),
+        key_fingerprint=str(changes.get("key_fingerprint", "k")),
         layout=common_pb2.KVLayout(
             layout_id=str(changes.get("layout_id", "l")),
             groups=[common_pb2.KVGroup(**group)],  # type: ignore[arg-type]
@@ -41,6 +42,7 @@ def test_names_roles_and_incarnations_may_differ() -> None:
     [
         ({"model_digest": "x"}, "m", "x", "model_digest"),
         ({"numerics_digest": "x"}, "n", "x", "numerics_digest"),
+        ({"key_fingerprint": "x"}, "k", "x", "key_fingerprint"),
         ({"layout_id": "x"}, "l", "x", "layout_id"),
         ({"dtype": "bfloat16"}, "float32", "bfloat16", "layout"),
         ({"block_size": 32}, "blocks of 16", "blocks of 32", "layout"),
