@@ -48,6 +48,7 @@ def first_token_s() -> float:
         process.stdout.read()
         said = process.stderr.read().decode()
         assert process.wait(30) == 0 and first, f"serve --once failed:\n{said}"
+        assert "relay  prefill-0 → decode-0 · " in said and "nothing to move" not in said, f"no hand-off:\n{said}"
     return elapsed
 
 
@@ -66,7 +67,7 @@ def gateway_s() -> tuple[float, list[str]]:
         [_STAFFETTA, "gateway", "--http", http, "--grpc", "127.0.0.1:0", "--log-level", "warning"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=_environment(),
+        env={**_environment(), "STAFFETTA_CLUSTER_KEY": "00" * 32},
     ) as process:
         try:
             wait_until(lambda: _is_healthy(http), bool, timeout_s=20)
