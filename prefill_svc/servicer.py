@@ -13,6 +13,7 @@ It never writes anybody else's memory and never waits for a reader.
 
 import asyncio
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
@@ -75,9 +76,9 @@ class _Handoff:
     start: prefill_pb2.StartPrefill
     prompt: PromptParts | None = None
     ticket: bytes = b""
-    lease_ends: float | None = None
+    lease_ends: float = math.inf
     """From the first chunk on; renewed by every sign of life of the session."""
-    held_until: float | None = None
+    held_until: float = math.inf
     """From the first chunk on; no sign of life goes beyond it."""
 
 
@@ -345,7 +346,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         is_last = num_ready_tokens == start.num_prompt_tokens
         now = self._loop.time()
         handoff.lease_ends = now + start.lease_s
-        handoff.held_until = handoff.held_until or now + self._max_hold_s
+        handoff.held_until = min(handoff.held_until, now + self._max_hold_s)
         return prefill_pb2.PrefillEvent(
             handoff_id=start.handoff_id,
             chunk_ready=prefill_pb2.ChunkReady(
@@ -391,7 +392,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             await asyncio.sleep(LEASE_SWEEP_S)
             now = self._loop.time()
             for handoff_id, handoff in tuple(self._handoffs.items()):
-                if handoff.lease_ends is not None and now > min(handoff.lease_ends, handoff.held_until or now):
+                if now > min(handoff.lease_ends, handoff.held_until):
                     self._fail(handoff_id, _unread(handoff.start.lease_s))
 
     # For control and shutdown
