@@ -230,12 +230,13 @@ class Worker:
 
     def _announcement(self, address: str) -> registry_pb2.WorkerAnnouncement:
         config = self.rank.config
-        if config.gateways and not config.advertise and address.rpartition(":")[0] in ("0.0.0.0", "[::]"):  # noqa: S104
+        bound = parse_address(address)
+        if config.gateways and not config.advertise and bound.host in ("0.0.0.0", "::"):  # noqa: S104
             raise UsageError(
                 "ADVERTISE_MISSING",
                 f"the worker listens on {address}, which no peer can dial",
                 why="gateways tell decode workers and each other the address that a worker announces",
-                fix="--advertise $(hostname):PORT",
+                fix=f"--advertise $(hostname):{bound.port}",
             )
         return registry_pb2.WorkerAnnouncement(
             identity=self.identity,

@@ -16,7 +16,7 @@ from engine.engine import EngineCounts
 from prefill_svc.main import PrefillService
 from staffetta.config.schema import PrefillConfig
 from staffetta.errors import InvalidRequestError
-from staffetta.exits import ExitCode, PortError
+from staffetta.exits import ExitCode, PortError, UsageError
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.server import RpcServer
 from staffetta.rpc.status import error_from_rpc
@@ -149,6 +149,16 @@ async def test_a_worker_without_gateways_warns_that_it_registers_nowhere(caplog:
         assert await process.running == 0
         warning = f"no gateways are set: only peers that are told {address} find this worker"
         assert (warning in caplog.messages) == (gateways == ())
+
+
+@in_loop
+async def test_a_worker_on_all_interfaces_must_say_what_peers_dial() -> None:
+    process = RunningProcess(listen="0.0.0.0:0", gateways=("127.0.0.1:1",))
+    with pytest.raises(UsageError) as raised:
+        await process.running
+    port = raised.value.what.split()[4].rstrip(",").removeprefix("0.0.0.0:")
+    assert int(port) > 0
+    assert (raised.value.name, raised.value.fix) == ("ADVERTISE_MISSING", f"--advertise $(hostname):{port}")
 
 
 # Control, over a service that is all script
