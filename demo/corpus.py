@@ -85,7 +85,8 @@ def is_held_out(name: str, code: str) -> bool:
 def recall_sample(rng: random.Random, *, num_records: int) -> RecallSample:
     """Draws a recall prompt from the training class.
 
-    num_records: 1 to ``MAX_RECORDS``; one prompt is about 15 tokens per record. Raises ValueError outside of that.
+    num_records: 1 to ``MAX_RECORDS``; a prompt is 12 to 17 tokens per record, and 100 records may exceed 1,600 tokens,
+    the longest context of training. Raises ValueError outside of that.
     """
     return _sample(rng, num_records=num_records, held_out=False)
 
