@@ -4,6 +4,7 @@ One parser for all of them, and one refusal to listen. Nothing here resolves a n
 """
 
 import errno
+import ipaddress
 import re
 import socket
 from typing import Final, NamedTuple
@@ -25,6 +26,14 @@ class Address(NamedTuple):
     def family(self) -> socket.AddressFamily:
         """IPv6 for a host with colons; names and dotted hosts are IPv4."""
         return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it. Of names `localhost` alone is known to be so."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

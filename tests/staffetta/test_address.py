@@ -23,6 +23,23 @@ def test_an_address_is_read_and_written_the_same(text: str, address: Address, fa
 
 
 @pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),  # noqa: S104 - the one that must not pass for loopback
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example.org", False),
+    ],
+)
+def test_only_what_this_machine_alone_reaches_is_loopback(host: str, is_loopback: bool) -> None:
+    assert Address(host, 1).is_loopback is is_loopback
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "8000", ":8000", "host:", "host:65536", "host:-1", "host:٣", "::1:80", "[::1]", "[host]:1", "a b:1", "a/b:1"],
 )
