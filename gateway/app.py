@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import socket
 from collections.abc import Iterator
@@ -25,6 +26,10 @@ from staffetta.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, regist
 
 _BACKLOG: Final = 2048
 _HTTP_GRACE_S: Final = 1
+_SLACK: Final = 256
+"""Connections, and calls, beyond twice the requests: refusals being sent, idle connections, workers, probes."""
+
+log = logging.getLogger(__name__)
 
 
 class GatewayReady(NamedTuple):
@@ -57,6 +62,8 @@ class Gateway:
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=_HTTP_GRACE_S,
+                # A last resort, answered without a body of ours; requests are refused by admission long before.
+                limit_concurrency=_max_concurrent(config),
             )
         )
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,16 +76,19 @@ class Gateway:
         except BindError as error:
             listener.close()
             raise cannot_listen(parse_address(self._config.grpc), error, flag="--grpc") from error
+        ready = GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address)
+        _warn_if_open("REST", parse_address(ready.http))
+        _warn_if_open("gRPC", parse_address(ready.grpc))
         self._tasks = [
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http"),
             asyncio.create_task(self._report_health(), name="health"),
         ]
-        return GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address)
+        return ready
 
     async def drain(self, *, timeout_s: float) -> None:
         """Takes no new requests; returns when those under way have ended, or `timeout_s` later."""
         await self._rpc.set_draining()
-        await self.journeys.drain(timeout_s=timeout_s)
+        await self.journeys.admission.drain(timeout_s=timeout_s)
 
     async def close(self) -> None:
         """Closes the doors and every session; what is still under way ends here."""
@@ -92,7 +102,10 @@ class Gateway:
 
     def _make_rpc_server(self) -> RpcServer:
         files = (inference_pb2.DESCRIPTOR, registry_pb2.DESCRIPTOR)
-        rpc = RpcServer([service.full_name for file in files for service in file.services_by_name.values()])
+        rpc = RpcServer(
+            [service.full_name for file in files for service in file.services_by_name.values()],
+            max_concurrent_calls=_max_concurrent(self._config),
+        )
         inference = InferenceServicer(self.journeys, self.workers)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, rpc.grpc)
         registry = RegistryServicer(
@@ -140,6 +153,15 @@ class _HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leaves signals alone."""
         yield
+
+
+def _max_concurrent(config: GatewayConfig) -> int:
+    return 2 * config.max_requests + _SLACK
+
+
+def _warn_if_open(door: str, address: Address) -> None:
+    if not address.is_loopback:
+        log.warning("the %s door on %s is open to the network in plaintext, without authentication", door, address)
 
 
 def _listen(address: Address) -> socket.socket:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
@@ -28,6 +28,8 @@ from staffetta.errors import StaffettaError
 REQUEST_ID_KEY: Final = "staffetta.request_id"
 """Where the application put the request's internal id into the scope."""
 KEEP_ALIVE_S: Final = 15.0
+BODY_TIMEOUT_S = 30.0
+"""How long a body may take to arrive."""
 _COMMENT: Final = b": keep-alive\n\n"
 _DONE: Final = b"data: [DONE]\n\n"
 
@@ -64,9 +66,14 @@ class GenerateEndpoint:
         request = Request(scope, receive)
         arrival = asyncio.get_running_loop().time()
         try:
-            parsed = self._parse(parse_object(await read_body(request, self._max_body_bytes)))
+            with self._journeys.admission.held():
+                body = await read_body(request, self._max_body_bytes)
+            parsed = self._parse(parse_object(body))
         except StaffettaError as error:
             await error_response(error)(scope, receive, send)
+            return
+        except ClientDisconnect:
+            log.info("%s: the client left before its body was whole", scope[REQUEST_ID_KEY])
             return
         journey = JourneyRequest(
             id=scope[REQUEST_ID_KEY],
@@ -222,19 +229,29 @@ class EventStream:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body of a JSON request. Raises HttpError for another media type or too many bytes, without reading those."""
+    """The body of a JSON request.
+
+    Raises HttpError for another media type, too many bytes, without reading those, or too long a wait for them;
+    ClientDisconnect when the client leaves.
+    """
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise HttpError(415, "the content-type is not application/json; set that header", code="unsupported_media_type")
     declared = request.headers.get("content-length", "")
     body = bytearray()
-    if not (declared.isdecimal() and int(declared) > max_bytes):
-        async for part in request.stream():
-            body += part
-            if len(body) > max_bytes:
-                break
-        else:
-            return bytes(body)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            if not (declared.isdecimal() and int(declared) > max_bytes):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > max_bytes:
+                        break
+                else:
+                    return bytes(body)
+    except TimeoutError:
+        raise HttpError(
+            408, f"the body was not whole after {BODY_TIMEOUT_S:g} s; send it faster", code="request_timeout"
+        ) from None
     raise HttpError(413, f"the body has more than {max_bytes} bytes; shorten it", code="request_too_large")
 
 

@@ -24,6 +24,7 @@ _STATUS_OF_REASON: Final = {"UNSUPPORTED": 422}
 _TYPE_OF_STATUS: Final = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
@@ -74,4 +75,7 @@ def error_response(error: BaseException) -> Response:
     public = public_error(error)
     status = http_status(public)
     headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+    if status == 408:
+        # Else the rest of the body could go on arriving for ever.
+        headers["connection"] = "close"
     return Response(json.dumps(error_body(public)), status, headers, media_type="application/json")

@@ -12,13 +12,14 @@ the request is cancelled on its worker and forgotten here.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeVar
 
+from gateway.admission import Admission
 from gateway.metrics import InFlight, Metrics
 from gateway.model import Model
 from gateway.output import Output
@@ -83,12 +84,10 @@ class Journeys:
         self._workers = workers
         self._metrics = metrics
         self._config = config
+        self.admission: Final = Admission(config.max_requests)
         self._cluster_key = cluster_key
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
         self._in_flight: set[_Journey] = set()
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
-        self._is_draining = False
 
     def in_flight(self) -> InFlight:
         """Requests under way."""
@@ -97,7 +96,7 @@ class Journeys:
 
     def reason_not_ready(self) -> str | None:
         """Why a request sent now would not be served; None when it would."""
-        if self._is_draining:
+        if self.admission.is_draining:
             return "the gateway is draining"
         if self._workers.max_model_len() is None:
             return "no decode worker has a session"
@@ -107,31 +106,23 @@ class Journeys:
         """What the model and the best of the workers allow."""
         return min(self.model.limits.max_model_len, self._workers.max_model_len() or self.model.limits.max_model_len)
 
-    async def drain(self, *, timeout_s: float) -> None:
-        """Takes no new requests; returns when those under way have ended, or `timeout_s` later."""
-        self._is_draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._is_idle.wait()
-        except TimeoutError:
-            log.warning("%d requests had not ended after %g s", len(self._in_flight), timeout_s)
-
     def close(self) -> None:
         """Ends the thread pool."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, exactly as `run` computes them."""
-        return list(await asyncio.get_running_loop().run_in_executor(self._pool, tokenize, prompt, self.model))
+        with self.admission.held():
+            return list(await asyncio.get_running_loop().run_in_executor(self._pool, tokenize, prompt, self.model))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids. Raises InvalidRequestError for one that the vocabulary lacks."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, detokenize, token_ids, self.model)
+        """The text of token ids. Raises InvalidRequestError for too many, and for one that the vocabulary lacks."""
+        with self.admission.held():
+            return await asyncio.get_running_loop().run_in_executor(self._pool, detokenize, token_ids, self.model)
 
     async def run(self, request: JourneyRequest) -> AsyncGenerator[Event, None]:
         """The request's events: Started, Placed, Deltas, Finished. Raises StaffettaError; who iterates closes it."""
-        journey = self._admit(request)
-        try:
+        with self._admitted(request) as journey:
             prepared = await journey.within_deadline(self._prepare(request), "preparing the prompt")
             journey.num_prompt_tokens = len(prepared.token_ids)
             yield Started(journey.id, self.model.name, prepared.sampling.seed, prepared.token_ids)
@@ -155,28 +146,23 @@ class Journeys:
                         refused[stream.worker_id] = error
                 finally:
                     stream.close()
-        except StaffettaError:
-            journey.outcome = "error"
-            raise
-        finally:
-            self._leave(journey)
 
-    def _admit(self, request: JourneyRequest) -> _Journey:
-        if self._is_draining:
-            raise DrainingError("the gateway is about to end; send the request to another one")
-        if len(self._in_flight) >= self._config.max_requests:
-            raise QueueFullError(
-                f"the gateway holds {len(self._in_flight)} requests, as many as it may; send the request again later"
-            )
-        journey = _Journey(request)
-        self._in_flight.add(journey)
-        self._is_idle.clear()
-        return journey
+    @contextmanager
+    def _admitted(self, request: JourneyRequest) -> Iterator[_Journey]:
+        """The request as one in flight; at its end, however it ends, it is counted and logged."""
+        with self.admission.held():
+            journey = _Journey(request)
+            self._in_flight.add(journey)
+            try:
+                yield journey
+            except StaffettaError:
+                journey.outcome = "error"
+                raise
+            finally:
+                self._in_flight.discard(journey)
+                self._report(journey)
 
-    def _leave(self, journey: _Journey) -> None:
-        self._in_flight.discard(journey)
-        if not self._in_flight:
-            self._is_idle.set()
+    def _report(self, journey: _Journey) -> None:
         latency_s = asyncio.get_running_loop().time() - journey.arrival
         self._metrics.ended(
             journey.outcome,

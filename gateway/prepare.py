@@ -11,12 +11,14 @@ from typing import assert_never
 from gateway.model import Model
 from gateway.request import ChatPrompt, JourneyRequest, Prompt, TextPrompt, TokenPrompt
 from staffetta import validate
-from staffetta.errors import UnknownModelError, UnsupportedError
+from staffetta.errors import InvalidRequestError, UnknownModelError, UnsupportedError
 from staffetta.hashing import BlockHasher, short_hash
 from staffetta.v1 import common_pb2
 from staffetta.validate import Limits, Sampling
 
 SEED_BITS = 63
+MAX_DETOKENIZED_CONTEXTS = 4
+"""Token ids that are turned into text at once, in lengths of the model's context: no output is longer than one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +115,12 @@ def tokenize(prompt: Prompt, model: Model) -> Sequence[int]:
 
 
 def detokenize(token_ids: Sequence[int], model: Model) -> str:
-    """The text of token ids. Raises InvalidRequestError for one that the vocabulary lacks."""
+    """The text of token ids. Raises InvalidRequestError for too many, and for one that the vocabulary lacks."""
+    most = MAX_DETOKENIZED_CONTEXTS * model.limits.max_model_len
+    if len(token_ids) > most:
+        raise InvalidRequestError(
+            f"token_ids has {len(token_ids)} entries, the limit is {most}; send them in parts", param="token_ids"
+        )
     validate.check_token_ids(token_ids, model.limits, param="token_ids")
     return model.text.decode(token_ids)
 

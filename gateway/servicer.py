@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, NoReturn, assert_never
 
 import grpc.aio
+from google.protobuf.message import Message as WireMessage
 
 from gateway.journey import Journeys
 from gateway.prepare import check_model
@@ -29,6 +30,7 @@ from gateway.template import Message
 from gateway.workers import Workers
 from staffetta import validate
 from staffetta.errors import InvalidRequestError, StaffettaError
+from staffetta.rpc.options import MAX_CLIENT_MESSAGE_BYTES
 from staffetta.rpc.status import abort
 from staffetta.v1 import inference_pb2, inference_pb2_grpc
 
@@ -81,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             check_model(request.model, model)
         except StaffettaError as error:
-            await abort(context, error)
+            await _fail(context, error, "model")
         announcement = next((worker.announcement for worker in self._workers), None)
         return inference_pb2.GetModelResponse(
             model=model.name,
@@ -99,7 +101,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Token ids, exactly as Generate computes them."""
         try:
             check_model(request.model, self._journeys.model)
-            return inference_pb2.TokenizeResponse(token_ids=await self._journeys.tokenize(_input_of(request)))
+            response = inference_pb2.TokenizeResponse(token_ids=await self._journeys.tokenize(_input_of(request)))
+            _check_size(response)
+            return response
         except Exception as error:  # noqa: BLE001 - as in Generate
             await _fail(context, error, "tokenize")
 
@@ -109,9 +113,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """The text of token ids."""
         try:
             check_model(request.model, self._journeys.model)
-            return inference_pb2.DetokenizeResponse(text=await self._journeys.detokenize(request.token_ids))
+            response = inference_pb2.DetokenizeResponse(text=await self._journeys.detokenize(request.token_ids))
+            _check_size(response)
+            return response
         except Exception as error:  # noqa: BLE001 - as in Generate
             await _fail(context, error, "detokenize")
+
+
+def _check_size(response: WireMessage) -> None:
+    """Refuses an answer that the client could not receive, in words that gRPC would not find."""
+    if (num_bytes := response.ByteSize()) > MAX_CLIENT_MESSAGE_BYTES:
+        raise InvalidRequestError(
+            f"the answer would have {num_bytes} bytes, the limit is {MAX_CLIENT_MESSAGE_BYTES}; send less at once"
+        )
 
 
 async def _fail(context: "Context", error: Exception, request_id: str) -> NoReturn:

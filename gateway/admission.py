@@ -1,0 +1,53 @@
+"""The bound on what a gateway does at once, and the wait for its end.
+
+Whatever a client can make this process spend memory or time on is held here from the beginning: a body that is being
+read, a call to the tokenizer, a request until its last token.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from staffetta.errors import DrainingError, QueueFullError
+
+log = logging.getLogger(__name__)
+
+
+class Admission:
+    """What is under way, at most `max_held` at once. Event loop only."""
+
+    def __init__(self, max_held: int) -> None:
+        self._max_held = max_held
+        self._held: set[object] = set()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self.is_draining = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Counts its body as under way. Raises QueueFullError or DrainingError instead of beginning it."""
+        if self.is_draining:
+            raise DrainingError("the gateway is about to end; send the request to another one")
+        if len(self._held) >= self._max_held:
+            raise QueueFullError(
+                f"the gateway holds {len(self._held)} requests, as many as it may; send the request again later"
+            )
+        this = object()
+        self._held.add(this)
+        self._is_idle.clear()
+        try:
+            yield
+        finally:
+            self._held.discard(this)
+            if not self._held:
+                self._is_idle.set()
+
+    async def drain(self, *, timeout_s: float) -> None:
+        """Admits nothing more; returns when what is under way has ended, or `timeout_s` later."""
+        self.is_draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._is_idle.wait()
+        except TimeoutError:
+            log.warning("%d requests had not ended after %g s", len(self._held), timeout_s)
