@@ -150,7 +150,8 @@ class Script:
     # The script's moves
 
     async def begin(self, attempt_id: AttemptId = ATTEMPT) -> None:
-        assert self.source.lookup(self.request, num_cached_tokens=0, num_known_tokens=7) is not None
+        offer = self.source.lookup(self.request, num_cached_tokens=0, num_known_tokens=7)
+        assert offer is not None, "a peer is there"
         self.source.begin(attempt_id, self.request, num_cached_tokens=self.num_held_tokens)
         await self.settle()
 
