@@ -144,7 +144,7 @@ class Trainer:
             (directory / f"{name}.new").replace(directory / name)
 
     def load(self, directory: Path) -> None:
-        """Continues from what ``save`` wrote; raises ValueError when that run had another model or configuration."""
+        """Continues from what ``save`` wrote; raises ValueError when that run had another model shape."""
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         if state["shape"] != asdict(self.model.shape):
             raise ValueError(f"the checkpoint in {directory} is of another model shape; remove it to start anew")
