@@ -109,7 +109,7 @@ async def test_token_ids_of_more_than_four_contexts_are_not_turned_into_text() -
 async def test_a_body_that_does_not_arrive_is_given_up_and_holds_its_place_until_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.generate_http.BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("gateway.generate_http.BODY_TIMEOUT_S", 0.5)
     async with running(reply=ids_of("a"), max_requests=1) as it, connected(it) as (reader, writer):
         writer.write(head(100) + BODY)
         answer = asyncio.create_task(reader.read())
@@ -118,7 +118,8 @@ async def test_a_body_that_does_not_arrive_is_given_up_and_holds_its_place_until
         assert meanwhile.status_code == 429
         status, _, rest = (await answer).partition(b"\r\n")
         assert status == b"HTTP/1.1 408 Request Timeout"
-        assert b'"the body was not whole after 0.3 s; send it faster"' in rest
+        assert b"\r\nconnection: close\r\n" in rest
+        assert b'"the body was not whole after 0.5 s; send it faster"' in rest
         assert b'"type": "timeout_error", "param": null, "code": "request_timeout"' in rest
         assert (await it.http.post(PLAIN, content=BODY)).status_code == 200
 
