@@ -232,7 +232,7 @@ def measure(cluster: Cluster, *, count: int, seed: int) -> Findings:
     # What is not idle or back within these seconds is reported from the counts themselves.
     with contextlib.suppress(AssertionError):
         cluster.wait_until_idle()
-        wait_until(lambda: excess(before, footprints(cluster)), lambda found: not found, timeout_s=5)
+        wait_until(lambda: excess(before, footprints(cluster)), lambda found: not found, timeout_s=20)
     return Findings(phases, start, cluster.loads(), before, footprints(cluster), memory, elapsed_s)
 
 

@@ -44,9 +44,11 @@ class RpcServer:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             port = self.grpc.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise BindError(f"cannot listen on {listen}") from error
+        except RuntimeError:
+            port = 0
         if port == 0:
+            # A server that was never started is stopped all the same: left to its destructor it raises there.
+            await self.grpc.stop(None)
             raise BindError(f"cannot listen on {listen}")
         await self.grpc.start()
         return f"{listen.rpartition(':')[0]}:{port}"
