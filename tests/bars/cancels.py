@@ -23,10 +23,10 @@ import httpx
 from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.cluster import Cluster, Load, is_idle
-from tests.e2e.loop import run
 from tests.e2e.prompts import Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient, greedy
 from tests.e2e.waiting import wait_until
+from tests.loop import run
 
 FLAGS: Final = ("--prefill", "1", "--decode", "1", "--num-blocks", "512", "--max-batch-tokens", "128")
 

@@ -14,9 +14,9 @@ from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster
-from tests.e2e.loop import run
 from tests.e2e.prompts import MAX_PROMPT_TOKENS, Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient, greedy
+from tests.loop import run
 
 SINGLE: Final = ("--prefill", "0", "--decode", "1", "--threads", "1")
 RELAY: Final = ("--prefill", "1", "--decode", "1", "--threads", "1", "--no-local-prefill")

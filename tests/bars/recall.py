@@ -17,10 +17,10 @@ from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster, block_bytes
-from tests.e2e.loop import run
 from tests.e2e.prompts import recall_prompts
 from tests.e2e.reflected import ReflectedClient
 from tests.e2e.rest import chat, chat_streamed, open_rest
+from tests.loop import run
 
 LEAST_EXACT: Final = 0.97
 MOST_EXACT_WITHOUT_KV: Final = 0.10

@@ -23,9 +23,9 @@ from tests.bars.concurrent import run_all
 from tests.bars.report import parse_size, print_table, spread, verdict
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster
-from tests.e2e.loop import run
 from tests.e2e.prompts import Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient
+from tests.loop import run
 
 _MAX_TOKENS: Final = 12
 _NUM_PROMPTS: Final = 24

@@ -11,11 +11,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.e2e.cluster import Cluster, block_bytes
-from tests.e2e.loop import run
 from tests.e2e.prompts import open_tokenizer
 from tests.e2e.reflected import SERVICE, ReflectedClient, greedy
 from tests.e2e.rest import chat, chat_streamed, open_rest
 from tests.e2e.waiting import wait_until
+from tests.loop import run
 
 QUESTION = "The code of the otter is 7341. The color of the owl is red. What is the code of the otter?"
 TOKEN_IDS = tuple(range(20, 120))

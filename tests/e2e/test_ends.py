@@ -10,8 +10,8 @@ import grpc.aio
 import pytest
 
 from tests.e2e.cluster import END_S, Cluster
-from tests.e2e.loop import run
 from tests.e2e.reflected import ReflectedClient, greedy, make_answer
+from tests.loop import run
 
 FLAGS = ("--prefill", "1", "--decode", "1")
 TOKEN_IDS = tuple(range(20, 120))

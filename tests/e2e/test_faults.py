@@ -13,10 +13,10 @@ from staffetta.rpc.status import error_from_rpc
 from tests.bars.sigkill import FAULTS, Fault, endure, failures, fields_of, flags
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster
-from tests.e2e.loop import run
 from tests.e2e.prompts import Prompt, token_prompts
 from tests.e2e.reflected import ReflectedClient, greedy
 from tests.e2e.waiting import wait_until
+from tests.loop import run
 
 BY_STATE = {fault.state: fault for fault in FAULTS}
 

@@ -8,8 +8,8 @@ from tests.bars.equal_tokens import NO_CACHE, RELAY, SINGLE, Comparison, generat
 from tests.bars.recall import FLAGS, ZEROED, Recall, ask_all
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster, block_bytes
-from tests.e2e.loop import run
 from tests.e2e.prompts import Prompt, recall_prompts, token_prompts
+from tests.loop import run
 
 
 @pytest.fixture(scope="module")

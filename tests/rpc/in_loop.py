@@ -1,9 +1,11 @@
-"""Runs an async test in a loop of its own, where nothing may fail unseen."""
+"""Runs an async test where nothing may fail unseen, and nothing of it goes on afterwards."""
 
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec
+
+from tests.loop import run as run_in_shared_loop
 
 P = ParamSpec("P")
 
@@ -22,11 +24,18 @@ def in_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
             loop.set_exception_handler(
                 lambda _, context: unseen.append(f"{context['message']}: {context.get('exception')!r}")
             )
-            async with asyncio.timeout(LIMIT_S):
-                await test(*args, **kwargs)
+            before = asyncio.all_tasks()
+            try:
+                async with asyncio.timeout(LIMIT_S):
+                    await test(*args, **kwargs)
+            finally:
+                left = asyncio.all_tasks() - before
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
 
-        asyncio.run(main())
-        assert unseen == []
+        run_in_shared_loop(main())
+        assert unseen == [], "; ".join(unseen)
 
     return run
 
