@@ -109,7 +109,9 @@ class Registration:
                 is_first_failure = True
             except StaffettaError as error:
                 if is_first_failure:
-                    log.warning("registration with gateway %s ended: %s", gateway, error.message)
+                    # A gateway that went away is ordinary; one that refuses this worker is somebody's mistake.
+                    level = logging.INFO if error.is_retryable else logging.WARNING
+                    log.log(level, "registration with gateway %s ended: %s", gateway, error.message)
                 is_first_failure = False
             finally:
                 self._on_peers(gateway, ())
