@@ -33,12 +33,13 @@ from staffetta import failpoint
 from staffetta.errors import DrainingError, HandoffFailedError, ProtocolError, QueueFullError, StaffettaError
 from staffetta.rpc.options import MAX_MESSAGE_BYTES
 from staffetta.rpc.session import SessionPipe
-from staffetta.rpc.status import abort, failure_of
+from staffetta.rpc.status import failure_of
 from staffetta.v1 import common_pb2, prefill_pb2, prefill_pb2_grpc
 from worker.admission import PromptParts, check_prefill
 from worker.codec import entry_to_proto, finish_reason_to_proto, offer_to_proto, sampling_from_proto, token_to_proto
 from worker.pairing import check_pair, check_protocol
 from worker.rank import Rank
+from worker.sessions import serve_session
 
 log = logging.getLogger(__name__)
 
@@ -125,17 +126,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> None:
         """Serves one decode worker until its stream ends; then frees everything it had."""
         pipe: _Pipe = SessionPipe(context.read, context.write, heartbeat_s=self._heartbeat_s)
-        session: _Session | None = None
-        try:
-            session = await self._open(pipe)
-            await pipe.run(self._consume(session), make_heartbeat=self._heartbeat)
-        except Exception as error:
-            if not isinstance(error, StaffettaError):
-                log.exception("a session ended unexpectedly")
-            await abort(context, error)
-        finally:
-            if session is not None:
-                self._close(session)
+        await serve_session(
+            pipe,
+            context,
+            opening=self._open(pipe),
+            consume=self._consume,
+            make_heartbeat=self._heartbeat,
+            close=self._close,
+        )
 
     async def _open(self, pipe: _Pipe) -> _Session:
         first = await pipe.receive()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from tests.bars.equal_tokens import NO_CACHE, RELAY, SINGLE, Comparison, generate_all
-from tests.bars.recall import FLAGS, ZEROED, Recall, ask_all
+from tests.bars.recall import FLAGS, ZEROED, Recall, ask_all, measure
 from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster, block_bytes
 from tests.e2e.prompts import Prompt, recall_prompts, token_prompts
@@ -41,6 +41,11 @@ def test_zeroed_kv_changes_the_tokens(prompts: Sequence[Prompt], expected: Seque
     assert comparison.num_different >= len(prompts) - 2
 
 
+def test_zeroed_kv_drops_recall_below_a_tenth() -> None:
+    """The embedded model answers from the context alone: without the KV that crossed it has nothing to answer from."""
+    assert measure("shm", recall_prompts(20, seed=4), *ZEROED).exact < 0.1
+
+
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 def test_every_answer_reports_all_its_bytes_over_the_transport_that_was_demanded(transport: str) -> None:
     with Cluster(*FLAGS, "--transports", transport) as cluster:
@@ -53,5 +58,6 @@ def test_every_answer_reports_all_its_bytes_over_the_transport_that_was_demanded
             if name.startswith("decode")
         }
     assert recall.violations() == []
+    assert recall.exact >= 0.97
     assert {asked.door for asked in recall.asked} == {"REST", "REST stream", "gRPC"}
     assert links == {name: [("prefill-0", transport), ("prefill-1", transport)] for name in ("decode-0", "decode-1")}
