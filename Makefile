@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 TORCH_INDEX_URL ?=
 PROTOS := $(wildcard proto/staffetta/v1/*.proto)
 STAMP  := $(VENV)/.installed
+KERNELS := kernels/cpu/build/libstaffetta_cpu.so
 
 .PHONY: setup run test check proto proto-check
 .DEFAULT_GOAL := help
@@ -14,13 +15,17 @@ STAMP  := $(VENV)/.installed
 help: ## Shows the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## Creates the virtual environment and installs everything, pinned
+setup: $(STAMP) $(KERNELS) ## Creates the virtual environment, installs everything, pinned, and builds the CPU kernels
 
 # torch first and alone, because TORCH_INDEX_URL has nothing else; the later resolve keeps what is installed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url '$(TORCH_INDEX_URL)') torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(KERNELS): $(wildcard kernels/cpu/src/*) kernels/cpu/CMakeLists.txt | $(STAMP)
+	$(BIN)/python -m kernels.cpu.build
 	@touch $@
 
 run: setup ## Starts gateway, prefill and decode with the embedded model, and streams one answer

@@ -3,11 +3,18 @@
 import hashlib
 
 from engine.model_config import ModelConfig
-from kernels.backend import Backend
+from kernels.backend import Backend, WeightFormat
 from kvtransfer.layout import KVDtype
 
 
-def numerics_digest(config: ModelConfig, backend: Backend, *, dtype: KVDtype, kv_dtype: KVDtype) -> str:
+def numerics_digest(
+    config: ModelConfig,
+    backend: Backend,
+    *,
+    dtype: KVDtype,
+    kv_dtype: KVDtype,
+    quantization: WeightFormat = WeightFormat.AS_GIVEN,
+) -> str:
     """Digests everything but the model's files that may change the bits of a result, in hexadecimal.
 
     Thread count, block size, batch, chunk and host are not in it: results must not depend on them.
@@ -17,7 +24,7 @@ def numerics_digest(config: ModelConfig, backend: Backend, *, dtype: KVDtype, kv
         "abi_version": backend.abi_version,
         "instruction_set": backend.instruction_set,
         "dtype": dtype,
-        "quantization": "none",
+        "quantization": quantization.value,
         "kv_dtype": kv_dtype,
         "tensor_parallel": 1,
         "pipeline_parallel": 1,

@@ -19,7 +19,7 @@ from engine.request import SampledToken
 from engine.sampler import Draw, sample
 from engine.step import SequenceSlice
 from engine.weights import TORCH_DTYPES, load_weights
-from kernels.backend import Backend, select
+from kernels.backend import Backend, WeightFormat, select
 from kvtransfer.layout import KVLayout
 
 
@@ -32,17 +32,21 @@ def load_runner(
     num_blocks: int,
     threads: int,
     device: str,
+    layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
 ) -> "ModelRunner":
     """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
 
-    Sets the process's number of threads for tensor operations to `threads`. Raises ModelRefusedError or
+    Computes on `threads` threads, torch's own operations included: its number of threads is the process's. Raises ModelRefusedError or
     ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of the wrong size.
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}, needs at least 1")
     torch.set_num_threads(threads)
     weights = load_weights(directory, tensor_shapes(config), dtype=layout.groups[0].dtype)
-    return ModelRunner(config, weights, select(device), layout=layout, pool=pool, num_blocks=num_blocks)
+    backend = select(device, threads=threads)
+    return ModelRunner(
+        config, weights, backend, layout=layout, pool=pool, num_blocks=num_blocks, layers_stored=layers_stored
+    )
 
 
 class ModelRunner:
@@ -60,6 +64,7 @@ class ModelRunner:
         layout: KVLayout,
         pool: memoryview,
         num_blocks: int,
+        layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
     ) -> None:
         """Takes `weights` as `tensor_shapes` declares them, in the layout's dtype.
 
@@ -79,10 +84,12 @@ class ModelRunner:
         if any(weight.dtype != dtype for weight in weights.values()):
             raise ValueError(f"weights are not {group.dtype}, as the layout is")
         self.num_parameters = sum(prod(shape) for shape in tensor_shapes(config).values())
-        self.numerics_digest = numerics_digest(config, backend, dtype=group.dtype, kv_dtype=group.dtype)
+        self.numerics_digest = numerics_digest(
+            config, backend, dtype=group.dtype, kv_dtype=group.dtype, quantization=layers_stored
+        )
         self.backend_name = backend.name
         self._backend = backend
-        self._model = Llama(config, weights, backend)
+        self._model = Llama(config, weights, backend, layers_stored=layers_stored)
         self._block_size = group.block_size
         # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)

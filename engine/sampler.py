@@ -41,13 +41,13 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[Samp
         raise ArithmeticError("the model's logits are not finite")
     tokens = np.empty(len(draws), dtype=np.int64)
     greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0 and not draw.masks_stops]
-    tokens[greedy] = values[greedy].argmax(axis=1)
+    tokens[greedy] = backend.argmax(logits[greedy]).numpy()
     for row in sorted(set(range(len(draws))).difference(greedy)):
         tokens[row] = _choose(values[row], draws[row])
     asking = [row for row, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]
-    logprobs = dict(zip(asking, backend.log_softmax(logits[asking]).numpy(), strict=True)) if asking else {}
+    logprobs = dict(zip(asking, backend.log_softmax(logits[asking]), strict=True)) if asking else {}
     return [
-        _token(draw, int(token), logprobs.get(row))
+        _token(draw, token, logprobs.get(row), backend)
         for row, (draw, token) in enumerate(zip(draws, tokens.tolist(), strict=True))
     ]
 
@@ -91,13 +91,14 @@ def largest(values: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
 
 
-def _token(draw: Draw, token_id: int, logprobs: NDArray[np.float32] | None) -> SampledToken:
+def _token(draw: Draw, token_id: int, logprobs: Tensor | None, backend: Backend) -> SampledToken:
+    """logprobs: [vocab_size], float32."""
     if logprobs is None:
         return SampledToken(draw.output_index, token_id)
-    top = largest(logprobs, draw.sampling.num_logprobs or 0).tolist()
+    (top,) = backend.largest(logprobs[None], draw.sampling.num_logprobs or 0)
     return SampledToken(
         draw.output_index,
         token_id,
         logprob=float(logprobs[token_id]),
-        top_logprobs=tuple((alternative, float(logprobs[alternative])) for alternative in top),
+        top_logprobs=tuple(zip(top.tolist(), logprobs[top].tolist(), strict=True)),
     )

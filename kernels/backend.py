@@ -6,7 +6,8 @@ nothing is loaded or built until it is chosen.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from enum import Enum
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,6 +31,37 @@ class Spans:
     block_tables: Tensor
 
 
+class Rotation(NamedTuple):
+    """Rotary angles of a step's rows.
+
+    cosines, sines: [num_positions, head_dim / 2], float32, from `rope_tables`. positions: [T], int64, which row of the
+    tables turns which row of the step.
+    """
+
+    cosines: Tensor
+    sines: Tensor
+    positions: Tensor
+
+
+class WeightFormat(Enum):
+    """How a linear layer's weights are stored and multiplied."""
+
+    AS_GIVEN = "none"
+    """In the dtype they come in, with float32 sums."""
+    INT8 = "int8"
+    """int8 with a scale per output, times activations quantized to int8 with a scale per row; sums are integers."""
+
+
+class Linear(Protocol):
+    """A linear layer whose weights are where its backend wants them. Made by a backend, immutable, used by it alone."""
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Computes rows [T, in] into [T, out] of x's dtype, plus `residual` [T, out], if any, before the last rounding.
+
+        x may be wider than the weights: float32 rows keep float32 results.
+        """
+
+
 class Backend(Protocol):
     """What computes. Stateless: every call's result is a function of its arguments.
 
@@ -38,7 +70,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """For people: device and kind, such as `cpu (reference)`."""
+        """For people: device and kind, such as `cpu (avx512)`."""
 
     @property
     def abi_version(self) -> int:
@@ -50,29 +82,62 @@ class Backend(Protocol):
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor: ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, *, stored: WeightFormat = WeightFormat.AS_GIVEN
+    ) -> Linear: ...
+
+    def prepare_gated_linear(
+        self,
+        gate: tuple[Tensor, Tensor | None],
+        up: tuple[Tensor, Tensor | None],
+        *,
+        stored: WeightFormat = WeightFormat.AS_GIVEN,
+    ) -> Linear: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
 
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
+
     def rope_tables(self, rope: Rope, *, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]: ...
 
-    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: ...
+    def rotate_and_write(
+        self, query: Tensor, kv: tuple[Tensor, Tensor], rotation: Rotation, *, pages: Tensor, layer: int, slots: Tensor
+    ) -> Tensor: ...
 
-    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor: ...
-
-    def write_kv(self, keys: Tensor, values: Tensor, pages: Tensor, *, layer: int, slots: Tensor) -> None: ...
-
-    def paged_attention(self, query: Tensor, pages: Tensor, spans: Spans, *, layer: int, scale: float) -> Tensor: ...
+    def paged_attention(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        spans: Spans,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> Tensor: ...
 
     def log_softmax(self, logits: Tensor) -> Tensor: ...
 
+    def argmax(self, values: Tensor) -> Tensor: ...
 
-def select(device: str) -> Backend:
-    """Returns the backend for `device`. Raises ValueError, naming what there is, for a device nothing computes on."""
+    def largest(self, values: Tensor, count: int) -> Tensor: ...
+
+
+def select(device: str, *, threads: int = 1) -> Backend:
+    """Returns the backend for `device`: `cpu`, the compiled kernels, or `cpu-reference`, the specification in torch.
+
+    Never one for the other. `threads` is how many the compiled kernels may use; the reference uses torch's. Raises
+    ValueError, naming what there is, for a device nothing computes on, and FileNotFoundError, saying what to do, when
+    the kernels are not built.
+    """
     if device == "cpu":
+        from kernels.cpu.backend import CpuBackend
+
+        return CpuBackend(threads=threads)
+    if device == "cpu-reference":
         from kernels.reference import ReferenceBackend
 
         return ReferenceBackend()
-    raise ValueError(f"no backend computes on device {device!r}; supported: cpu")
+    raise ValueError(f"no backend computes on device {device!r}; supported: cpu, cpu-reference")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import Spans
+from kernels.backend import Rotation, Spans, WeightFormat
 from kernels.rope import LinearScaling, Llama3Scaling, Rope
 
 
@@ -29,10 +29,32 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[t, n] = sum over k of x[t, k] weight[n, k], plus bias[n].
 
-    x: [T, K]. weight: [N, K]. bias: [N]. All of one dtype; returns [T, N] in it. FLOPs: 2 T N K. Bytes: (T K + N K + T
-    N) b, which bound it while T is below the machine's FLOPs per byte.
+    x: [T, K], of weight's dtype or float32. weight: [N, K]. bias: [N]. Returns [T, N] in x's dtype. FLOPs: 2 T N K.
+    Bytes: (T K + N K + T N) b, which bound it while T is below the machine's FLOPs per byte.
     """
-    return functional.linear(x, weight, bias)
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per row: q = round(x 127 / max |x|), ties to even, scale = max |x| / 127; a row of zeros has 0.
+
+    x: [rows, K]. Returns q [rows, K], int8, and scales [rows], float32.
+    """
+    largest_values = x.float().abs().amax(dim=-1)
+    factors = torch.where(largest_values > 0, 127 / largest_values, 0.0)
+    return (x.float() * factors[:, None]).round().to(torch.int8), largest_values / 127
+
+
+def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[t, n] = (sum over k of q[t, k] weight[n, k]) s[t] scales[n] + bias[n] with q, s = quantize_rows(x).
+
+    x: [T, K]. weight: [N, K], int8. scales: [N], float32. bias: [N]. Returns [T, N] in x's dtype. The sum is exact;
+    scales are applied in the order written, in float32. Operations: 2 T N K. Bytes: N K, while T is small. Dettmers et
+    al. 2022, arXiv 2208.07339, section 2.1, with vector-wise scales and no outliers.
+    """
+    quantized, row_scales = quantize_rows(x)
+    out = (quantized.double() @ weight.double().T).float() * row_scales[:, None] * scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -53,6 +75,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     total = x + residual
     return rms_norm(total, weight, eps), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """out = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) weight + bias, in float32, rounded once.
+
+    The means are over the last dimension. x: [T, hidden]. weight, bias: [hidden]. Returns x's shape and dtype. Bytes: 2
+    T hidden b. Ba, Kiros, Hinton 2016, arXiv 1607.06450, equation 4.
+    """
+    wide_bias = None if bias is None else bias.float()
+    return functional.layer_norm(x.float(), x.shape[-1:], weight.float(), wide_bias, eps).to(x.dtype)
 
 
 def rope_tables(rope: Rope, *, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
@@ -119,11 +151,35 @@ def write_kv(keys: Tensor, values: Tensor, pages: Tensor, *, layer: int, slots: 
     by_slot[blocks, offsets] = torch.stack((keys, values), dim=1)
 
 
-def paged_attention(query: Tensor, pages: Tensor, spans: Spans, *, layer: int, scale: float) -> Tensor:
+def rotate_and_write(
+    query: Tensor, kv: tuple[Tensor, Tensor], rotation: Rotation, *, pages: Tensor, layer: int, slots: Tensor
+) -> Tensor:
+    """Returns the queries turned by their rows' angles; writes the keys, turned likewise, and the values into `pages`.
+
+    query: [T, H, D]. kv: keys and values, [T, KVH, D]. All of the pages' dtype. See `apply_rope` and `write_kv`. Raises
+    IndexError for a position outside the tables or a slot outside the pages. Bytes: 2 T (H + 2 KVH) D b.
+    """
+    cos, sin = rotation.cosines[rotation.positions], rotation.sines[rotation.positions]
+    keys, values = kv
+    write_kv(apply_rope(keys, cos, sin), values, pages, layer=layer, slots=slots)
+    return apply_rope(query, cos, sin)
+
+
+def paged_attention(
+    query: Tensor,
+    pages: Tensor,
+    spans: Spans,
+    *,
+    layer: int,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
     """Causal attention of each sequence's queries over its own paged context; whole, chunked prefill and decode alike.
 
-    out[t, h] = sum over j <= p of softmax_j(scale query[t, h] . key[j, h KVH / H]) value[j, h KVH / H], where p is row
-    t's position in its sequence: its queries are the last rows of its context.
+    out[t, h] = sum over visible j of softmax_j(s[t, h, j]) value[j, h KVH / H] with s = scale query[t, h] . key[j, h
+    KVH / H], or soft_cap tanh(s / soft_cap). Row t at position p of its sequence (its queries are the last rows of its
+    context) sees j in (p - window, p], or all j <= p.
 
     query: [T, H, D], H a multiple of KVH; heads share KV heads in runs (GQA, Ainslie et al. 2023, arXiv 2305.13245).
     pages: [num_blocks, KVH, L, 2, BS, D], holding this step's keys and values already. Returns [T, H, D], query's
@@ -132,7 +188,7 @@ def paged_attention(query: Tensor, pages: Tensor, spans: Spans, *, layer: int, s
     Each sequence is computed alone, over exactly its context, so neither its neighbours nor what stale blocks hold
     beyond it (NaN included) can reach its result. Bytes: 2 b KVH D per context token, which bound decode; FLOPs: 4 H D
     per pair of query and visible key, which bound prefill. Vaswani et al. 2017, section 3.2.1; pages as in Kwon et al.
-    2023, arXiv 2309.06180, section 4.1.
+    2023, arXiv 2309.06180, section 4.1; soft cap: Gemma 2, arXiv 2408.00118, section 2.
     """
     _, num_kv_heads, _, _, block_size, head_dim = pages.shape
     starts, contexts = spans.query_starts.tolist(), spans.context_lens.tolist()
@@ -141,24 +197,20 @@ def paged_attention(query: Tensor, pages: Tensor, spans: Spans, *, layer: int, s
     for sequence, context in enumerate(contexts):
         start, end = starts[sequence], starts[sequence + 1]
         block_ids = spans.block_tables[sequence, : -(-context // block_size)]
-        context_kv = by_head.index_select(2, block_ids).view(num_kv_heads, 2, -1, head_dim)[:, :, :context]
-        attended = functional.scaled_dot_product_attention(
-            query[start:end].transpose(0, 1)[None],
-            context_kv[None, :, 0],
-            context_kv[None, :, 1],
-            attn_mask=_causal_mask(end - start, context),
-            scale=scale,
-            enable_gqa=True,
-        )
-        out[start:end] = attended[0].transpose(0, 1)
+        context_kv = by_head.index_select(2, block_ids).view(num_kv_heads, 2, -1, head_dim)[:, :, :context].float()
+        grouped = query[start:end].float().reshape(end - start, num_kv_heads, -1, head_dim)  # [rows, KVH, H / KVH, D]
+        scores = torch.einsum("tkgd,kjd->kgtj", grouped, context_kv[:, 0]) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores.masked_fill_(~_visible(end - start, context, window), -math.inf)
+        out[start:end] = torch.einsum("kgtj,kjd->tkgd", scores.softmax(-1), context_kv[:, 1]).flatten(1, 2)
     return out
 
 
-def _causal_mask(num_queries: int, context: int) -> Tensor | None:
-    """True where a query may look; None when the only query sees everything. [num_queries, context], bool."""
-    if num_queries == 1:
-        return None
-    return torch.ones(num_queries, context, dtype=torch.bool).tril(context - num_queries)
+def _visible(num_queries: int, context: int, window: int | None) -> Tensor:
+    """True where a query may look. [num_queries, context], bool."""
+    visible = torch.ones(num_queries, context, dtype=torch.bool).tril(context - num_queries)
+    return visible if window is None else visible.triu(context - num_queries - window + 1)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -169,11 +221,53 @@ def log_softmax(logits: Tensor) -> Tensor:
     return functional.log_softmax(logits.float(), dim=-1)
 
 
+def argmax(values: Tensor) -> Tensor:
+    """Index of each row's largest value, the lowest of equals. values: [rows, n], float32. Returns [rows], int64."""
+    return torch.from_numpy(values.numpy().argmax(axis=1))
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Indices of each row's `count` largest values (all, when there are fewer), falling; of equals the lower first.
+
+    values: [rows, n], float32, without NaN. Returns [rows, min(count, n)], int64.
+    """
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+class ReferenceLinear:
+    """`linear`, or `int8_linear` on weights that were quantized once."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stored: WeightFormat) -> None:
+        self._weight, self._scales, self._bias = weight, None, bias
+        if stored is WeightFormat.INT8:
+            self._weight, self._scales = quantize_rows(weight)
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Multiplies, then adds."""
+        if self._scales is None:
+            out = linear(x, self._weight, self._bias)
+        else:
+            out = int8_linear(x, self._weight, self._scales, self._bias)
+        return out if residual is None else out + residual
+
+
+class ReferenceGatedLinear:
+    """`silu_mul` of two linear layers over the same rows."""
+
+    def __init__(self, gate: ReferenceLinear, up: ReferenceLinear) -> None:
+        self._gate, self._up = gate, up
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Multiplies, gates, then adds."""
+        out = silu_mul(self._gate(x), self._up(x))
+        return out if residual is None else out + residual
+
+
 class ReferenceBackend:
     """This module's functions as a `Backend`. The arithmetic is torch's: its version is part of the instruction set."""
 
     name = "cpu (reference)"
-    abi_version = 1
+    abi_version = 2
 
     @property
     def instruction_set(self) -> str:
@@ -181,13 +275,29 @@ class ReferenceBackend:
         version = ".".join(torch.__version__.split(".")[:2])
         return f"{torch.backends.cpu.get_cpu_capability().lower()}-torch{version}"
 
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, *, stored: WeightFormat = WeightFormat.AS_GIVEN
+    ) -> ReferenceLinear:
+        """Keeps the weights as they are, or quantizes their rows. weight: [N, K]. bias: [N]."""
+        return ReferenceLinear(weight, bias, stored)
+
+    def prepare_gated_linear(
+        self,
+        gate: tuple[Tensor, Tensor | None],
+        up: tuple[Tensor, Tensor | None],
+        *,
+        stored: WeightFormat = WeightFormat.AS_GIVEN,
+    ) -> ReferenceGatedLinear:
+        """The layer silu(gate(x)) up(x), from weight [N, K] and bias [N] of each."""
+        return ReferenceGatedLinear(ReferenceLinear(*gate, stored), ReferenceLinear(*up, stored))
+
     embedding = staticmethod(embedding)
-    linear = staticmethod(linear)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
+    layer_norm = staticmethod(layer_norm)
     rope_tables = staticmethod(rope_tables)
-    apply_rope = staticmethod(apply_rope)
-    silu_mul = staticmethod(silu_mul)
-    write_kv = staticmethod(write_kv)
+    rotate_and_write = staticmethod(rotate_and_write)
     paged_attention = staticmethod(paged_attention)
     log_softmax = staticmethod(log_softmax)
+    argmax = staticmethod(argmax)
+    largest = staticmethod(largest)

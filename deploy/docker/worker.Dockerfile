@@ -5,15 +5,19 @@
 FROM python:3.11-slim-bookworm AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 ARG TORCH_INDEX_URL=""
+RUN apt-get update && apt-get install --yes --no-install-recommends cmake g++ make
 RUN python -m venv /opt/staffetta
 WORKDIR /src
 COPY constraints.txt .
 # First and alone: a later resolve keeps it, and a change of our code does not install it again.
 RUN /opt/staffetta/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} torch==2.13.0
 COPY . .
+RUN /opt/staffetta/bin/python -m kernels.cpu.build
 RUN /opt/staffetta/bin/pip install -c constraints.txt '.[worker]'
 
 FROM python:3.11-slim-bookworm
+# The kernels' OpenMP runtime.
+RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 # The directory of the shm sockets belongs to the user: a volume mounted there for the first time takes that over.
 RUN useradd --system --uid 10001 --no-create-home staffetta \
   && install -d -o staffetta -m 0700 /run/staffetta

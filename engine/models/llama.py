@@ -7,11 +7,12 @@ on, and no sampling.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from engine.batch import Batch
 from engine.model_config import ModelConfig
-from kernels.backend import Backend
+from kernels.backend import Backend, Linear, Rotation, WeightFormat
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -43,36 +44,42 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-class _Linear(NamedTuple):
-    weight: Tensor  # [out, in]
-    bias: Tensor | None  # [out]
-
-
 class _Layer(NamedTuple):
     input_norm: Tensor  # [hidden]
-    q: _Linear
-    k: _Linear
-    v: _Linear
-    o: _Linear
+    qkv: Linear
+    o: Linear
     post_attention_norm: Tensor  # [hidden]
-    gate: _Linear
-    up: _Linear
-    down: _Linear
+    gate_up: Linear
+    down: Linear
 
 
 class Llama:
     """One model's weights and the way through them. Immutable after construction; writes only the pages it is given."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], backend: Backend) -> None:
-        """Takes `weights` as `tensor_shapes` names them, all of one dtype; keeps them, without copying."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        backend: Backend,
+        *,
+        layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
+    ) -> None:
+        """Takes `weights` as `tensor_shapes` names them, all of one dtype; linear layers are kept as the backend packs.
+
+        `layers_stored` says how the layers' linear weights are multiplied; the head's are always as given.
+        """
         self._config = config
         self._ops = backend
         self._embedding = weights["model.embed_tokens.weight"]
-        self._layers = [_layer(weights, f"model.layers.{layer}") for layer in range(config.num_layers)]
+        self._layers = [
+            _layer(weights, f"model.layers.{layer}", backend, layers_stored) for layer in range(config.num_layers)
+        ]
         self._norm = weights["model.norm.weight"]
-        self._head = self._embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self._head = backend.prepare_linear(
+            self._embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        )
         # [max_position_embeddings, head_dim / 2], float32
-        self._cos, self._sin = backend.rope_tables(
+        self._cosines, self._sines = backend.rope_tables(
             config.rope, head_dim=config.head_dim, num_positions=config.max_position_embeddings
         )
 
@@ -82,44 +89,37 @@ class Llama:
         pages: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]. Returns [num_sampled, hidden_size],
         after the last norm.
         """
-        ops, eps = self._ops, self._config.rms_norm_eps
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        ops, config, eps = self._ops, self._config, self._config.rms_norm_eps
+        rotation = Rotation(self._cosines, self._sines, batch.positions)
+        num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         hidden = ops.embedding(batch.token_ids, self._embedding)
-        update = hidden.new_zeros(hidden.shape)
         for index, layer in enumerate(self._layers):
-            normed, hidden = ops.add_rms_norm(update, hidden, layer.input_norm, eps)
-            q, k, v = (self._heads(normed, projection) for projection in (layer.q, layer.k, layer.v))
-            q, k = ops.apply_rope(q, cos, sin), ops.apply_rope(k, cos, sin)
-            ops.write_kv(k, v, pages, layer=index, slots=batch.slots)
-            attended = ops.paged_attention(q, pages, batch.spans, layer=index, scale=self._config.attention_scale)
-            update = ops.linear(attended.flatten(1), *layer.o)
-            normed, hidden = ops.add_rms_norm(update, hidden, layer.post_attention_norm, eps)
-            inner = ops.silu_mul(ops.linear(normed, *layer.gate), ops.linear(normed, *layer.up))
-            update = ops.linear(inner, *layer.down)
-        rows = batch.sample_rows
-        return ops.add_rms_norm(update[rows], hidden[rows], self._norm, eps)[0]
+            qkv = layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
+            q, k, v = qkv.view(len(qkv), -1, config.head_dim).split(num_heads, dim=1)
+            q = ops.rotate_and_write(q, (k, v), rotation, pages=pages, layer=index, slots=batch.slots)
+            attended = ops.paged_attention(q, pages, batch.spans, layer=index, scale=config.attention_scale)
+            hidden = layer.o(attended.flatten(1), residual=hidden)
+            inner = layer.gate_up(ops.rms_norm(hidden, layer.post_attention_norm, eps))
+            hidden = layer.down(inner, residual=hidden)
+        return ops.rms_norm(hidden[batch.sample_rows], self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores every token for rows that `forward` returned: [rows, vocab_size], float32."""
-        return self._ops.linear(hidden, self._head).float()
-
-    def _heads(self, x: Tensor, projection: _Linear) -> Tensor:
-        """Projects rows [num_tokens, hidden_size] into heads [num_tokens, heads, head_dim]."""
-        return self._ops.linear(x, *projection).view(len(x), -1, self._config.head_dim)
+        """Scores every token for rows that `forward` returned: [rows, vocab_size], float32 and not rounded to less."""
+        return self._head(hidden.float())
 
 
-def _layer(weights: Mapping[str, Tensor], prefix: str) -> _Layer:
-    def linear(name: str) -> _Linear:
-        return _Linear(weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
+def _layer(weights: Mapping[str, Tensor], prefix: str, backend: Backend, stored: WeightFormat) -> _Layer:
+    def linear(name: str) -> tuple[Tensor, Tensor | None]:
+        return weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias")
 
+    projections = [linear(f"self_attn.{name}_proj") for name in "qkv"]
+    biases = [bias for _, bias in projections if bias is not None]
+    qkv = torch.cat([weight for weight, _ in projections]), torch.cat(biases) if biases else None
     return _Layer(
         input_norm=weights[f"{prefix}.input_layernorm.weight"],
-        q=linear("self_attn.q_proj"),
-        k=linear("self_attn.k_proj"),
-        v=linear("self_attn.v_proj"),
-        o=linear("self_attn.o_proj"),
+        qkv=backend.prepare_linear(*qkv, stored=stored),
+        o=backend.prepare_linear(*linear("self_attn.o_proj"), stored=stored),
         post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
-        gate=linear("mlp.gate_proj"),
-        up=linear("mlp.up_proj"),
-        down=linear("mlp.down_proj"),
+        gate_up=backend.prepare_gated_linear(linear("mlp.gate_proj"), linear("mlp.up_proj"), stored=stored),
+        down=backend.prepare_linear(*linear("mlp.down_proj"), stored=stored),
     )

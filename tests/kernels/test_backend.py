@@ -9,16 +9,25 @@ import pytest
 from kernels.backend import select
 
 
-def test_cpu_is_computed_by_the_reference() -> None:
+def test_cpu_is_computed_by_the_compiled_kernels() -> None:
     backend = select("cpu")
-    assert backend.name == "cpu (reference)"
+    assert backend.name == f"cpu ({backend.instruction_set})"
+    assert backend.instruction_set in ("scalar", "avx2", "avx512")
     assert backend.abi_version == 1
+
+
+def test_the_reference_is_chosen_by_its_name() -> None:
+    backend = select("cpu-reference")
+    assert backend.name == "cpu (reference)"
+    assert backend.abi_version == 2
     assert re.fullmatch(r"[a-z0-9_]+( [a-z0-9_]+)*-torch\d+\.\d+", backend.instruction_set)
 
 
 @pytest.mark.parametrize("device", ["cuda", "CPU", "", "cpu:0"])
 def test_a_device_nothing_computes_on_is_refused_by_name(device: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"no backend computes on device {device!r}; supported: cpu")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"no backend computes on device {device!r}; supported: cpu, cpu-reference")
+    ):
         select(device)
 
 

@@ -1,0 +1,314 @@
+"""The compiled kernels as a `Backend`: tensors in, tensors out, no arithmetic in between.
+
+Results are bitwise equal whatever else is in the batch, however a prompt is cut into chunks, and for every number of
+threads; the order that makes them so is in the sources under `src`, beside each formula. Values agree with
+`kernels.reference` within rounding.
+"""
+
+import ctypes
+from ctypes import byref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.backend import Rotation, Spans, WeightFormat
+from kernels.cpu import LIBRARY_PATH
+from kernels.cpu import library as abi
+from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
+from kernels.reference import rope_tables
+from kernels.rope import Rope
+
+_PANEL = 32
+
+
+class CpuLinear:
+    """A linear layer in panels of 32 outputs, with its epilogue. Owns its memory; the given tensors are not kept."""
+
+    def __init__(
+        self, backend: "CpuBackend", weight: Tensor, bias: Tensor | None, *, kind: WeightKind, gated_outputs: int | None
+    ) -> None:
+        """`gated_outputs` None: as many outputs as weight has rows. Else rows alternate as `_interleave` lays them."""
+        outputs, inputs = weight.shape
+        if not inputs:
+            raise ValueError("a linear layer needs at least one input")
+        library, padded = backend.library, -(-outputs // _PANEL) * _PANEL
+        self._backend = backend
+        self._out_features = outputs if gated_outputs is None else gated_outputs
+        self._panels = torch.empty(library.staffetta_packed_bytes(kind, outputs, inputs), dtype=torch.uint8)
+        self._scales = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.float32)
+        self._sums = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.int32)
+        self._bias = None if bias is None else functional.pad(bias.float(), (0, padded - outputs))
+        source = rows(weight)
+        library.staffetta_pack(
+            kind,
+            byref(matrix(source)),
+            self._panels.data_ptr(),
+            self._scales.data_ptr(),
+            self._sums.data_ptr(),
+            backend.threads,
+        )
+        self._packed = abi.PackedWeight(
+            panels=self._panels.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            scales=self._scales.data_ptr(),
+            sums=self._sums.data_ptr(),
+            inputs=inputs,
+            outputs=outputs,
+            kind=kind,
+            gated=int(gated_outputs is not None),
+        )
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
+        if x.dim() != 2 or x.shape[1] != self._packed.inputs:
+            raise ValueError(f"x has shape {list(x.shape)}, the layer takes [rows, {self._packed.inputs}]")
+        x = rows(x)
+        out = x.new_empty(len(x), self._out_features)
+        if residual is not None and residual.shape != out.shape:
+            raise ValueError(f"residual has shape {list(residual.shape)}, the result {list(out.shape)}")
+        other = None if residual is None else rows(residual)
+        status = self._backend.library.staffetta_linear(
+            self._backend.isa,
+            self._backend.threads,
+            byref(self._packed),
+            byref(matrix(x)),
+            byref(abi.NO_MATRIX if other is None else matrix(other)),
+            byref(matrix(out)),
+        )
+        check(status, out_of_range="")
+        return out
+
+
+class CpuBackend:
+    """The kernels of one instruction set on a number of threads. Immutable; any thread, one call at a time each."""
+
+    def __init__(
+        self, *, threads: int, instruction_set: InstructionSet | None = None, library_path: Path = LIBRARY_PATH
+    ) -> None:
+        """Takes the best instruction set of this machine, or, for tests, one that it has.
+
+        Raises FileNotFoundError when the library is not built, ValueError for a set this machine lacks or no threads.
+        """
+        if threads < 1:
+            raise ValueError(f"threads is {threads}, needs at least 1")
+        self.library: ctypes.CDLL = abi.load(library_path)
+        best = InstructionSet(self.library.staffetta_instruction_set())
+        self.isa = best if instruction_set is None else instruction_set
+        if self.isa > best:
+            raise ValueError(f"this machine has {best.name.lower()} at best, not {self.isa.name.lower()}")
+        self.threads = threads
+
+    @property
+    def name(self) -> str:
+        """For people: `cpu (avx512)`."""
+        return f"cpu ({self.instruction_set})"
+
+    @property
+    def abi_version(self) -> int:
+        """Grows when the bits of any result may have changed."""
+        return abi.ABI_VERSION
+
+    @property
+    def instruction_set(self) -> str:
+        """`scalar`, `avx2` or `avx512`."""
+        return self.isa.name.lower()
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of a table."""
+        token_ids, table = token_ids.contiguous(), rows(weight)
+        out = table.new_empty(len(token_ids), table.shape[1])
+        status = self.library.staffetta_embedding(token_ids.data_ptr(), byref(matrix(table)), byref(matrix(out)))
+        check(status, out_of_range=f"a token id is outside the vocabulary of {len(table)}")
+        return out
+
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, *, stored: WeightFormat = WeightFormat.AS_GIVEN
+    ) -> CpuLinear:
+        """Packs weight [N, K] and bias [N]. float16 weights are kept as float32."""
+        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), gated_outputs=None)
+
+    def prepare_gated_linear(
+        self,
+        gate: tuple[Tensor, Tensor | None],
+        up: tuple[Tensor, Tensor | None],
+        *,
+        stored: WeightFormat = WeightFormat.AS_GIVEN,
+    ) -> CpuLinear:
+        """Packs the layer silu(gate(x)) up(x), from weight [N, K] and bias [N] of each. One pass over x."""
+        weight = _interleave(gate[0], up[0])
+        bias = None
+        if gate[1] is not None and up[1] is not None:
+            bias = _interleave(gate[1][:, None], up[1][:, None])[:, 0]
+        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), gated_outputs=len(gate[0]))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `kernels.reference.rms_norm`."""
+        return self._rms_norm(x, None, weight, eps)[0]
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `kernels.reference.add_rms_norm`."""
+        return self._rms_norm(x, residual, weight, eps)
+
+    def _rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = rows(x)
+        other = None if residual is None else rows(residual)
+        out, total = x.new_empty(x.shape), x if other is None else x.new_empty(x.shape)
+        status = self.library.staffetta_rms_norm(
+            self.isa,
+            self.threads,
+            byref(matrix(x)),
+            byref(abi.NO_MATRIX if other is None else matrix(other)),
+            byref(matrix(weight)),
+            eps,
+            byref(matrix(total)),
+            byref(matrix(out)),
+        )
+        check(status, out_of_range="")
+        return out, total
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """See `kernels.reference.layer_norm`."""
+        x = rows(x)
+        out = x.new_empty(x.shape)
+        status = self.library.staffetta_layer_norm(
+            self.isa,
+            self.threads,
+            byref(matrix(x)),
+            byref(abi.NO_MATRIX),
+            byref(matrix(weight)),
+            byref(abi.NO_MATRIX if bias is None else matrix(bias)),
+            eps,
+            byref(abi.NO_MATRIX),
+            byref(matrix(out)),
+        )
+        check(status, out_of_range="")
+        return out
+
+    def rope_tables(self, rope: Rope, *, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
+        """The reference's tables: made once, element by element."""
+        return rope_tables(rope, head_dim=head_dim, num_positions=num_positions)
+
+    def rotate_and_write(
+        self, query: Tensor, kv: tuple[Tensor, Tensor], rotation: Rotation, *, pages: Tensor, layer: int, slots: Tensor
+    ) -> Tensor:
+        """See `kernels.reference.rotate_and_write`. Nothing is written when it raises."""
+        if any(tensor.dtype != pages.dtype for tensor in (query, *kv)):
+            raise ValueError(f"queries, keys and values must be {pages.dtype}, as the pages are")
+        flat_query, keys, values = (_heads_as_rows(tensor) for tensor in (query, *kv))
+        out = query.new_empty(query.shape)
+        tables = rotation.cosines.contiguous(), rotation.sines.contiguous()
+        indices = rotation.positions.contiguous(), slots.contiguous()
+        call = abi.RotateArguments(
+            matrix(flat_query),
+            matrix(keys),
+            matrix(values),
+            matrix(out.view(len(out), query.shape[1] * query.shape[2])),
+            *(tensor.data_ptr() for tensor in (*tables, *indices)),
+        )
+        arguments = byref(call), byref(_pages(pages, layer)), len(tables[0])
+        status = self.library.staffetta_rotate_and_write(self.isa, self.threads, *arguments)
+        check(status, out_of_range=f"a slot is outside {len(pages)} pages, or a position outside {len(tables[0])}")
+        return out
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        spans: Spans,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> Tensor:
+        """See `kernels.reference.paged_attention`. Raises IndexError for a block table that leaves the pages."""
+        if pages.stride(-1) != 1 and pages.shape[-1] != 1:
+            pages, layer = pages[:, :, layer : layer + 1].contiguous(), 0
+        query = rows(query)
+        out = query.new_empty(query.shape)
+        tables = rows(spans.block_tables)
+        starts, contexts = spans.query_starts.contiguous(), spans.context_lens.contiguous()
+        call = abi.AttentionArguments(
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            num_heads=query.shape[1],
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            dtype=abi.DTYPES[query.dtype],
+            num_sequences=len(contexts),
+            max_blocks=tables.shape[1],
+            table_stride=tables.stride(0),
+            query_starts=starts.data_ptr(),
+            context_lens=contexts.data_ptr(),
+            block_tables=tables.data_ptr(),
+            scale=scale,
+            window=window or 0,
+            soft_cap=soft_cap or 0.0,
+        )
+        status = self.library.staffetta_attention(self.isa, self.threads, byref(call), byref(_pages(pages, layer)))
+        check(
+            status,
+            out_of_range=f"a context is shorter than its queries, or reaches outside its table or {len(pages)} pages",
+            unsupported=f"more than {abi.MAX_GROUP} query heads share a KV head",
+        )
+        return out
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """See `kernels.reference.log_softmax`."""
+        logits = rows(logits)
+        out = torch.empty(logits.shape, dtype=torch.float32)
+        arguments = byref(matrix(logits)), byref(matrix(out))
+        check(self.library.staffetta_log_softmax(self.isa, self.threads, *arguments), out_of_range="")
+        return out
+
+    def argmax(self, values: Tensor) -> Tensor:
+        """See `kernels.reference.argmax`."""
+        values = rows(values)
+        out = torch.empty(len(values), dtype=torch.int64)
+        self.library.staffetta_argmax(self.threads, byref(matrix(values)), out.data_ptr())
+        return out
+
+    def largest(self, values: Tensor, count: int) -> Tensor:
+        """See `kernels.reference.largest`."""
+        values = rows(values)
+        out = torch.empty(len(values), min(count, values.shape[1]), dtype=torch.int64)
+        self.library.staffetta_largest(self.threads, byref(matrix(values)), out.shape[1], out.data_ptr())
+        return out
+
+
+def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:
+    if stored is WeightFormat.INT8:
+        return WeightKind.INT8
+    return WeightKind.BFLOAT16 if weight.dtype is torch.bfloat16 else WeightKind.FLOAT32
+
+
+def _interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """16 rows of gate, 16 of up, and so on: both halves of a product in one panel. Padded with zeros."""
+    half = _PANEL // 2
+    padding = (0, 0, 0, -len(gate) % half)
+    blocks = [functional.pad(tensor, padding).view(-1, half, tensor.shape[1]) for tensor in (gate, up)]
+    return torch.stack(blocks, dim=1).flatten(0, 2)
+
+
+def _heads_as_rows(x: Tensor) -> Tensor:
+    """[T, heads, D] as [T, heads x D], without a copy where heads lie side by side."""
+    return rows(x.flatten(1))
+
+
+def _pages(pages: Tensor, layer: int) -> abi.Pages:
+    num_blocks, num_kv_heads, _, _, block_size, head_dim = pages.shape
+    by_block, by_head, _, by_value, by_token, _ = pages.stride()
+    return abi.Pages(
+        pages[:, :, layer].data_ptr(),
+        num_blocks,
+        num_kv_heads,
+        block_size,
+        head_dim,
+        by_block,
+        by_head,
+        by_value,
+        by_token,
+        abi.DTYPES[pages.dtype],
+    )

@@ -1,0 +1,184 @@
+"""The kernels' shared library through ctypes: its structures and functions as `src/abi.h` declares them.
+
+Calls release the GIL. Loading starts no thread and is safe before a fork. Structures hold addresses, not tensors: who
+makes one keeps the tensors alive until the call returns.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.cpu import LIBRARY_PATH
+
+ABI_VERSION = 1
+MAX_GROUP = 96
+"""Query heads that may share a KV head."""
+
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class InstructionSet(IntEnum):
+    """Which machine code computes; the bits are the same for all."""
+
+    SCALAR = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+class WeightKind(IntEnum):
+    """How a packed weight is stored."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+
+
+class Status(IntEnum):
+    """What a function that can refuse returns."""
+
+    OK = 0
+    OUT_OF_RANGE = 1
+    UNSUPPORTED = 2
+    OUT_OF_MEMORY = 3
+
+
+class Matrix(Structure):
+    """A tensor seen as rows; the last dimension is contiguous, the stride counts elements."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("row_stride", c_int64),
+        ("dtype", c_int32),
+    )
+
+
+class PackedWeight(Structure):
+    """See `abi.h`."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("kind", c_int32),
+        ("gated", c_int32),
+    )
+
+
+class Pages(Structure):
+    """See `abi.h`."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("num_blocks", "num_kv_heads", "block_size", "head_dim")),
+        *((name, c_int64) for name in ("block_stride", "head_stride", "value_stride", "token_stride")),
+        ("dtype", c_int32),
+    )
+
+
+class AttentionArguments(Structure):
+    """See `abi.h`."""
+
+    _fields_ = (
+        ("query", c_void_p),
+        ("out", c_void_p),
+        *((name, c_int64) for name in ("num_heads", "query_token_stride", "query_head_stride")),
+        ("dtype", c_int32),
+        *((name, c_int64) for name in ("num_sequences", "max_blocks", "table_stride")),
+        *((name, c_void_p) for name in ("query_starts", "context_lens", "block_tables")),
+        ("scale", c_float),
+        ("window", c_int64),
+        ("soft_cap", c_float),
+    )
+
+
+class RotateArguments(Structure):
+    """See `abi.h`."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("query", "keys", "values", "out")),
+        *((name, c_void_p) for name in ("cosines", "sines", "positions", "slots")),
+    )
+
+
+_MATRIX = POINTER(Matrix)
+_CALL = (c_int32, c_int32)  # instruction set, threads
+_FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
+    "abi_version": (c_int32, ()),
+    "instruction_set": (c_int32, ()),
+    "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
+    "pack": (None, (c_int32, _MATRIX, c_void_p, c_void_p, c_void_p, c_int32)),
+    "linear": (c_int32, (*_CALL, POINTER(PackedWeight), _MATRIX, _MATRIX, _MATRIX)),
+    "attention": (c_int32, (*_CALL, POINTER(AttentionArguments), POINTER(Pages))),
+    "rms_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
+    "layer_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
+    "rotate_and_write": (c_int32, (*_CALL, POINTER(RotateArguments), POINTER(Pages), c_int64)),
+    "log_softmax": (c_int32, (*_CALL, _MATRIX, _MATRIX)),
+    "embedding": (c_int32, (c_void_p, _MATRIX, _MATRIX)),
+    "argmax": (None, (c_int32, _MATRIX, c_void_p)),
+    "largest": (None, (c_int32, _MATRIX, c_int64, c_void_p)),
+}
+
+NO_MATRIX = Matrix()
+
+
+def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
+    """Loads the library. Raises FileNotFoundError when it is not built, RuntimeError when it is of another version."""
+    if not path.exists():
+        raise FileNotFoundError(f"the CPU kernels are not built ({path.name} is missing): run `make setup`")
+    with _passive_waits():
+        library = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, f"staffetta_{name}")
+        function.restype, function.argtypes = result, arguments
+    if (version := library.staffetta_abi_version()) != ABI_VERSION:
+        raise RuntimeError(f"the CPU kernels are of version {version}, this code needs {ABI_VERSION}: run `make setup`")
+    return library
+
+
+@contextmanager
+def _passive_waits() -> Iterator[None]:
+    """Lets OpenMP's idle threads sleep instead of spin, unless the environment already says how they wait.
+
+    The runtime reads this once, as it is loaded with the first library that needs it.
+    """
+    is_set = "OMP_WAIT_POLICY" in os.environ
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        yield
+    finally:
+        if not is_set:
+            del os.environ["OMP_WAIT_POLICY"]
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """A tensor [rows, columns], or [columns] as one row. Its last dimension must be contiguous (see `rows`)."""
+    if tensor.dim() == 1:
+        return Matrix(tensor.data_ptr(), 1, tensor.shape[0], tensor.shape[0], DTYPES[tensor.dtype])
+    return Matrix(tensor.data_ptr(), tensor.shape[0], tensor.shape[1], tensor.stride(0), DTYPES[tensor.dtype])
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself when its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def check(status: int, *, out_of_range: str, unsupported: str = "") -> None:
+    """Turns a status into an exception: IndexError, ValueError or MemoryError with the words of the caller."""
+    if status == Status.OUT_OF_RANGE:
+        raise IndexError(out_of_range)
+    if status == Status.UNSUPPORTED:
+        raise ValueError(unsupported)
+    if status == Status.OUT_OF_MEMORY:
+        raise MemoryError("no memory for the kernels' scratch space")

@@ -1,0 +1,122 @@
+// The exported functions: check what only the data can tell, then hand over to the instruction set's kernels.
+#include "abi.h"
+
+#include <cpuid.h>
+
+#include <cstring>
+#include <new>
+
+#include "pack.h"
+#include "select.h"
+
+namespace {
+
+const Kernels& kernels_of(int32_t set) {
+  return set == kAvx512 ? kernels_avx512 : set == kAvx2 ? kernels_avx2 : kernels_scalar;
+}
+
+bool are_within(const int64_t* indices, int64_t count, int64_t limit) {
+  for (int64_t i = 0; i < count; ++i)
+    if (indices[i] < 0 || indices[i] >= limit) return false;
+  return true;
+}
+
+// Runs f; a lack of memory for scratch becomes a Status, because no exception may cross the C interface.
+template <class F>
+int32_t guarded(F f) {
+  try {
+    f();
+    return kOk;
+  } catch (const std::bad_alloc&) {
+    return kOutOfMemory;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t staffetta_abi_version() { return STAFFETTA_ABI_VERSION; }
+
+// The best instruction set that this processor and operating system have.
+int32_t staffetta_instruction_set() {
+  __builtin_cpu_init();
+  const auto has_vnni = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+  };
+  const bool has_f16c = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  }();
+  if (!has_f16c) return kScalar;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_vnni();
+  return has_avx512 ? kAvx512 : kAvx2;
+}
+
+int64_t staffetta_packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) {
+  return packed_bytes(kind, outputs, inputs);
+}
+
+void staffetta_pack(int32_t kind, const Matrix* weight, void* panels, float* scales, int32_t* sums, int32_t threads) {
+  pack(kind, *weight, panels, scales, sums, threads);
+}
+
+int32_t staffetta_linear(int32_t set, int32_t threads, const PackedWeight* weight, const Matrix* x,
+                         const Matrix* residual, const Matrix* out) {
+  return guarded([&] { kernels_of(set).linear(*weight, *x, *residual, *out, threads); });
+}
+
+int32_t staffetta_attention(int32_t set, int32_t threads, const AttentionArguments* call, const Pages* pages) {
+  if (call->num_heads / pages->num_kv_heads > kMaxGroup) return kUnsupported;
+  for (int64_t s = 0; s < call->num_sequences; ++s) {
+    const int64_t blocks = (call->context_lens[s] + pages->block_size - 1) / pages->block_size;
+    if (call->context_lens[s] < call->query_starts[s + 1] - call->query_starts[s] || blocks > call->max_blocks ||
+        !are_within(call->block_tables + s * call->table_stride, blocks, pages->num_blocks))
+      return kOutOfRange;
+  }
+  return guarded([&] { kernels_of(set).attention(*call, *pages, threads); });
+}
+
+int32_t staffetta_rms_norm(int32_t set, int32_t threads, const Matrix* x, const Matrix* residual, const Matrix* weight,
+                           float eps, const Matrix* sum, const Matrix* out) {
+  return guarded([&] { kernels_of(set).rms_norm(*x, *residual, *weight, eps, *sum, *out, threads); });
+}
+
+int32_t staffetta_layer_norm(int32_t set, int32_t threads, const Matrix* x, const Matrix* residual,
+                             const Matrix* weight, const Matrix* bias, float eps, const Matrix* sum,
+                             const Matrix* out) {
+  return guarded([&] { kernels_of(set).layer_norm(*x, *residual, *weight, *bias, eps, *sum, *out, threads); });
+}
+
+int32_t staffetta_rotate_and_write(int32_t set, int32_t threads, const RotateArguments* call, const Pages* pages,
+                                   int64_t num_positions) {
+  if (!are_within(call->positions, call->query.rows, num_positions) ||
+      !are_within(call->slots, call->query.rows, pages->num_blocks * pages->block_size))
+    return kOutOfRange;
+  return guarded([&] { kernels_of(set).rotate_and_write(*call, *pages, threads); });
+}
+
+int32_t staffetta_log_softmax(int32_t set, int32_t threads, const Matrix* logits, const Matrix* out) {
+  return guarded([&] { kernels_of(set).log_softmax(*logits, *out, threads); });
+}
+
+// Rows of a table: out[t] = table[token_ids[t]]. Bytes: 2 rows columns b.
+int32_t staffetta_embedding(const int64_t* token_ids, const Matrix* table, const Matrix* out) {
+  if (!are_within(token_ids, out->rows, table->rows)) return kOutOfRange;
+  const int64_t bytes = table->dtype == kFloat32 ? 4 : 2;
+  for (int64_t t = 0; t < out->rows; ++t)
+    std::memcpy(static_cast<char*>(out->data) + t * out->row_stride * bytes,
+                static_cast<const char*>(table->data) + token_ids[t] * table->row_stride * bytes,
+                static_cast<size_t>(table->columns * bytes));
+  return kOk;
+}
+
+void staffetta_argmax(int32_t threads, const Matrix* values, int64_t* indices) { argmax(*values, indices, threads); }
+
+void staffetta_largest(int32_t threads, const Matrix* values, int64_t count, int64_t* indices) {
+  largest(*values, count, indices, threads);
+}
+
+}  // extern "C"

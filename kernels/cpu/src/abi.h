@@ -1,0 +1,75 @@
+// The C interface: plain pointers, sizes and strides. Every tensor's last dimension is contiguous; strides count
+// elements. Every function takes the instruction set and the number of threads to use, neither of which may change a
+// bit of the result; a function that can refuse its arguments returns a Status, and then has written nothing.
+#pragma once
+#include <cstdint>
+
+// Grows when the bits of any result may have changed.
+#define STAFFETTA_ABI_VERSION 1
+
+enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBfloat16 = 1, kWeightInt8 = 2 };
+enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3 };
+
+// A matrix of the caller's. data may be null where a function says so.
+struct Matrix {
+  void* data;
+  int64_t rows, columns, row_stride;
+  int32_t dtype;
+};
+
+// A linear layer's weights in panels of 32 outputs. scales and sums belong to int8 alone.
+struct PackedWeight {
+  const void* panels;
+  const float* bias;      // [outputs, padded to 32], or null
+  const float* scales;    // [outputs, padded to 32]
+  const int32_t* sums;    // [outputs, padded to 32]: the sum of each output's weights
+  int64_t inputs, outputs;
+  int32_t kind;
+  int32_t gated;  // 1: each panel is 16 gate and 16 up rows, and outputs counts both
+};
+
+// Heads that may share a KV head.
+constexpr int64_t kMaxGroup = 96;
+
+// Pages of one layer, [num_blocks, num_kv_heads, 2, block_size, head_dim] by strides; data points at the layer.
+struct Pages {
+  void* data;
+  int64_t num_blocks, num_kv_heads, block_size, head_dim;
+  int64_t block_stride, head_stride, value_stride, token_stride;
+  int32_t dtype;
+};
+
+struct AttentionArguments {
+  const void* query;  // [num_tokens, num_heads, head_dim]
+  void* out;          // same, contiguous
+  int64_t num_heads, query_token_stride, query_head_stride;
+  int32_t dtype;      // of query and out
+  int64_t num_sequences, max_blocks, table_stride;
+  const int64_t *query_starts, *context_lens, *block_tables;
+  float scale;
+  int64_t window;     // keys a query sees, itself included; 0: all
+  float soft_cap;     // scores become soft_cap tanh(score / soft_cap); 0: not
+};
+
+struct RotateArguments {
+  Matrix query, keys, values;  // [num_tokens, heads x head_dim], one dtype, that of the pages
+  Matrix out;                  // query's shape
+  const float *cosines, *sines;  // [num_positions, head_dim / 2]
+  const int64_t *positions, *slots;  // [num_tokens]
+};
+
+// One instruction set's functions, in the order of the sources.
+struct Kernels {
+  void (*linear)(const PackedWeight&, const Matrix& x, const Matrix& residual, const Matrix& out, int threads);
+  void (*attention)(const AttentionArguments&, const Pages&, int threads);
+  void (*rms_norm)(const Matrix& x, const Matrix& residual, const Matrix& weight, float eps, const Matrix& sum,
+                   const Matrix& out, int threads);
+  void (*layer_norm)(const Matrix& x, const Matrix& residual, const Matrix& weight, const Matrix& bias, float eps,
+                     const Matrix& sum, const Matrix& out, int threads);
+  void (*rotate_and_write)(const RotateArguments&, const Pages&, int threads);
+  void (*log_softmax)(const Matrix& logits, const Matrix& out, int threads);
+};
+
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;

@@ -1,0 +1,75 @@
+#include "pack.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace {
+
+constexpr int64_t kPanel = 32;
+
+int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+float value(const Matrix& weight, int64_t row, int64_t column) {
+  const int64_t index = row * weight.row_stride + column;
+  if (weight.dtype == kFloat32) return static_cast<const float*>(weight.data)[index];
+  const uint16_t half = static_cast<const uint16_t*>(weight.data)[index];
+  if (weight.dtype == kFloat16) {
+    _Float16 x;
+    std::memcpy(&x, &half, 2);
+    return static_cast<float>(x);
+  }
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+void pack_float32(const Matrix& weight, int64_t output, float* panel) {
+  for (int64_t k = 0; k < weight.columns; ++k)
+    panel[k * kPanel + output % kPanel] = output < weight.rows ? value(weight, output, k) : 0.0f;
+}
+
+void pack_bfloat16(const Matrix& weight, int64_t output, uint16_t* panel) {
+  const uint16_t* row = static_cast<const uint16_t*>(weight.data) + output * weight.row_stride;
+  const int64_t lane = output % (kPanel / 2) * 2 + output % kPanel / (kPanel / 2);
+  for (int64_t k = 0; k < weight.columns; ++k) panel[k * kPanel + lane] = output < weight.rows ? row[k] : 0;
+}
+
+void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale, int32_t* sum) {
+  const bool is_real = output < weight.rows;
+  float largest = 0;
+  for (int64_t k = 0; is_real && k < weight.columns; ++k) largest = std::fmax(largest, std::fabs(value(weight, output, k)));
+  const float factor = largest > 0 ? 127.0f / largest : 0.0f;
+  *scale = largest / 127.0f;
+  *sum = 0;
+  for (int64_t k = 0; k < padded(weight.columns, 4); ++k) {
+    const bool is_weight = is_real && k < weight.columns;
+    const int q = is_weight ? static_cast<int>(std::nearbyint(value(weight, output, k) * factor)) : 0;
+    panel[(k / 4 * kPanel + output % kPanel) * 4 + k % 4] = static_cast<int8_t>(q);
+    *sum += q;
+  }
+}
+
+}  // namespace
+
+int64_t packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) {
+  const int64_t rows = padded(outputs, kPanel);
+  if (kind == kWeightInt8) return rows * padded(inputs, 4);
+  return rows * inputs * (kind == kWeightBfloat16 ? 2 : 4);
+}
+
+void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32_t* sums, int threads) {
+  const int64_t panel_bytes = packed_bytes(kind, kPanel, weight.columns);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t panel = 0; panel < padded(weight.rows, kPanel) / kPanel; ++panel) {
+    char* to = static_cast<char*>(panels) + panel * panel_bytes;
+    for (int64_t output = panel * kPanel; output < (panel + 1) * kPanel; ++output) {
+      if (kind == kWeightInt8)
+        pack_int8(weight, output, reinterpret_cast<int8_t*>(to), scales + output, sums + output);
+      else if (kind == kWeightBfloat16)
+        pack_bfloat16(weight, output, reinterpret_cast<uint16_t*>(to));
+      else
+        pack_float32(weight, output, reinterpret_cast<float*>(to));
+    }
+  }
+}

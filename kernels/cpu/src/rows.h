@@ -1,0 +1,171 @@
+// Operations on rows: norms, rotation with the write of keys and values, log-softmax. All are bound by bytes.
+//
+// Sums over a row are trees of 64 lanes; log-softmax sums over tiles of 4,096 entries, joined left to right. Threads
+// share out rows or tiles and never part of a tree.
+#pragma once
+#include <cstddef>
+
+#include "numeric.h"
+#include "workspace.h"
+
+namespace STAFFETTA_ISA {
+
+constexpr int64_t kSerialElements = 1 << 16;  // elements that are not worth waking a thread for
+constexpr int64_t kVocabularyTile = 4096;
+
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+
+// Loads row r of x into `row`; with a residual, adds it, rounds to sum's type, stores that and goes on with it.
+inline void load_sum(const Matrix& x, const Matrix& residual, const Matrix& sum, int64_t r, float* row, float* other) {
+  const int64_t n = x.columns;
+  widen(x.dtype, row_of(x, r), n, row);
+  if (!residual.data) return;
+  widen(residual.dtype, row_of(residual, r), n, other);
+  for (int64_t i = 0; i < n; i += kWidth) store(row + i, add(load(row + i), load(other + i)));
+  narrow(sum.dtype, row, n, row_of(sum, r));
+  widen(sum.dtype, row_of(sum, r), n, row);
+}
+
+// Calls f(r, row, other) for every row, two float buffers of whole vectors each; the columns beyond x's are not zeroed.
+template <class F>
+void each_row(const Matrix& x, int threads, F f) {
+  const int64_t padded = ceil_div(x.columns, kLanes) * kLanes;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && x.rows * x.columns > kSerialElements) schedule(static)
+  for (int64_t r = 0; r < x.rows; ++r) {
+    float* row = static_cast<float*>(workspace(Scratch::kPrivate, 2 * padded * sizeof(float)));
+    f(r, row, row + padded);
+  }
+}
+
+// out = round(s / sqrt(mean(s^2) + eps)) weight with s = x + residual, rounded; the first rounding is to x's type.
+// Bytes: (2 or 4) rows columns b. Zhang and Sennrich 2019, arXiv 1910.07467, equation 4.
+inline void rms_norm(const Matrix& x, const Matrix& residual, const Matrix& weight, float eps, const Matrix& sum,
+                     const Matrix& out, int threads) {
+  const int64_t n = x.columns;
+  each_row(x, threads, [&](int64_t r, float* row, float* other) {
+    load_sum(x, residual, sum, r, row, other);
+    const float squares = sum_lanes(row, n, [](Vec total, Vec v) { return fma(v, v, total); }, threads);
+    const Vec factor = splat(1.0f / square_root(squares / static_cast<float>(n) + eps));
+    for (int64_t i = 0; i < n; i += kWidth) store(row + i, mul(load(row + i), factor));
+    if (x.dtype != kFloat32) {
+      narrow(x.dtype, row, n, row_of(out, r));
+      widen(x.dtype, row_of(out, r), n, row);
+    }
+    widen(weight.dtype, weight.data, n, other);
+    for (int64_t i = 0; i < n; i += kWidth) store(row + i, mul(load(row + i), load(other + i)));
+    narrow(out.dtype, row, n, row_of(out, r));
+  });
+}
+
+// out = (s - mean(s)) / sqrt(mean((s - mean(s))^2) + eps) weight + bias with s = x + residual, rounded.
+// Bytes: (2 or 4) rows columns b. Ba, Kiros, Hinton 2016, arXiv 1607.06450, equation 4.
+inline void layer_norm(const Matrix& x, const Matrix& residual, const Matrix& weight, const Matrix& bias, float eps,
+                       const Matrix& sum, const Matrix& out, int threads) {
+  const int64_t n = x.columns;
+  each_row(x, threads, [&](int64_t r, float* row, float* other) {
+    load_sum(x, residual, sum, r, row, other);
+    const float mean = sum_lanes(row, n, [](Vec total, Vec v) { return add(total, v); }, threads) / static_cast<float>(n);
+    for (int64_t i = 0; i < n; i += kWidth) store(row + i, sub(load(row + i), splat(mean)));
+    const float squares = sum_lanes(row, n, [](Vec total, Vec v) { return fma(v, v, total); }, threads);
+    const Vec factor = splat(1.0f / square_root(squares / static_cast<float>(n) + eps));
+    widen(weight.dtype, weight.data, n, other);
+    for (int64_t i = 0; i < n; i += kWidth) store(row + i, mul(mul(load(row + i), factor), load(other + i)));
+    if (bias.data) {
+      widen(bias.dtype, bias.data, n, other);
+      for (int64_t i = 0; i < n; i += kWidth) store(row + i, add(load(row + i), load(other + i)));
+    }
+    narrow(out.dtype, row, n, row_of(out, r));
+  });
+}
+
+// Turns the pairs (a, b) = (x[i], x[i + D / 2]) of a head by their angles: (a cos - b sin, b cos + a sin), each as
+// fma(a, cos, -(b sin)) and fma(b, cos, a sin).
+inline void rotate_head(int32_t dtype, const void* x, const float* cosines, const float* sines, int64_t dim, void* out,
+                        float* row) {
+  const int64_t half = dim / 2, stride = ceil_div(half, kWidth) * kWidth, bytes = element_bytes(dtype);
+  float *a = row, *b = row + stride, *c = row + 2 * stride, *s = row + 3 * stride;
+  widen(dtype, x, half, a);
+  widen(dtype, static_cast<const char*>(x) + half * bytes, half, b);
+  widen<F32>(cosines, half, c);
+  widen<F32>(sines, half, s);
+  for (int64_t i = 0; i < half; i += kWidth) {
+    const Vec left = load(a + i), right = load(b + i), cosine = load(c + i), sine = load(s + i);
+    store(a + i, fma(left, cosine, sub(zero(), mul(right, sine))));
+    store(b + i, fma(right, cosine, mul(left, sine)));
+  }
+  narrow(dtype, a, half, out);
+  narrow(dtype, b, half, static_cast<char*>(out) + half * bytes);
+}
+
+// Rotary embedding of queries into `out`, of keys into their slots; values are copied into theirs. Slot = block x
+// block_size + offset. Bytes: 2 rows (H + 2 KVH) D b. Su et al. 2021, arXiv 2104.09864, equation 34, half-split pairs.
+inline void rotate_and_write(const RotateArguments& call, const Pages& pages, int threads) {
+  const int64_t dim = pages.head_dim, bytes = element_bytes(pages.dtype), rows = call.query.rows;
+  const int64_t heads = call.query.columns / dim, size = dim * bytes;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * call.query.columns > kSerialElements) schedule(static)
+  for (int64_t t = 0; t < rows; ++t) {
+    float* row = static_cast<float*>(workspace(Scratch::kPrivate, 4 * (dim / 2 + kWidth) * sizeof(float)));
+    const float* cosines = call.cosines + call.positions[t] * (dim / 2);
+    const float* sines = call.sines + call.positions[t] * (dim / 2);
+    const int64_t slot = call.slots[t], block = slot / pages.block_size, token = slot % pages.block_size;
+    for (int64_t h = 0; h < heads; ++h)
+      rotate_head(pages.dtype, row_of(call.query, t) + h * size, cosines, sines, dim, row_of(call.out, t) + h * size, row);
+    for (int64_t h = 0; h < pages.num_kv_heads; ++h) {
+      const int64_t offset = block * pages.block_stride + h * pages.head_stride + token * pages.token_stride;
+      char* key = static_cast<char*>(pages.data) + offset * bytes;
+      rotate_head(pages.dtype, row_of(call.keys, t) + h * size, cosines, sines, dim, key, row);
+      std::memcpy(key + pages.value_stride * bytes, row_of(call.values, t) + h * size, size);
+    }
+  }
+}
+
+// out = (x - max) - log(sum(exp(x - max))), float32. Bytes: rows columns (3 b + 4).
+inline void log_softmax(const Matrix& logits, const Matrix& out, int threads) {
+  const int64_t n = logits.columns, bytes = element_bytes(logits.dtype);
+  const int64_t tile = kTreeByThreads ? ceil_div(n, threads) : kVocabularyTile;
+  const int64_t tiles = ceil_div(n, tile), items = logits.rows * tiles;
+  const int64_t padded = ceil_div(tile, kLanes) * kLanes;
+  float* maxima = static_cast<float*>(workspace(Scratch::kShared, (2 * items + 1) * sizeof(float)));
+  float* sums = maxima + items;
+#pragma omp parallel num_threads(threads) if (threads > 1 && logits.rows * n > kSerialElements)
+  {
+    float* row = static_cast<float*>(workspace(Scratch::kPrivate, padded * sizeof(float)));
+    const auto load_tile = [&](int64_t item) {  // padded with -inf; returns its length
+      const int64_t begin = item % tiles * tile, count = least(tile, n - begin);
+      widen(logits.dtype, row_of(logits, item / tiles) + begin * bytes, count, row);
+      for (int64_t i = count; i < padded; ++i) row[i] = kMinusInfinity;
+      return count;
+    };
+    const auto row_maximum = [&](int64_t r) {
+      float maximum = kMinusInfinity;
+      for (int64_t t = 0; t < tiles; ++t) maximum = maxima[r * tiles + t] > maximum ? maxima[r * tiles + t] : maximum;
+      return maximum;
+    };
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      load_tile(item);
+      Vec lanes[kLaneVecs];
+      for (auto& lane : lanes) lane = splat(kMinusInfinity);
+      for (int64_t i = 0; i < padded; i += kLanes)
+        for (int v = 0; v < kLaneVecs; ++v) lanes[v] = max(load(row + i + v * kWidth), lanes[v]);
+      maxima[item] = fold_max(lanes);
+    }
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      load_tile(item);
+      const Vec maximum = splat(row_maximum(item / tiles));
+      sums[item] = sum_lanes(row, padded, [=](Vec total, Vec v) { return add(total, exp(sub(v, maximum))); }, 1);
+    }
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t count = load_tile(item), r = item / tiles;
+      float sum = 0;
+      for (int64_t t = 0; t < tiles; ++t) sum += sums[r * tiles + t];
+      const Vec maximum = splat(row_maximum(r)), logarithm = splat(log(sum));
+      for (int64_t i = 0; i < padded; i += kWidth) store(row + i, sub(sub(load(row + i), maximum), logarithm));
+      narrow<F32>(row, count, row_of(out, r) + item % tiles * tile * sizeof(float));
+    }
+  }
+}
+
+}  // namespace STAFFETTA_ISA
