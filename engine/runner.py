@@ -36,8 +36,9 @@ def load_runner(
 ) -> "ModelRunner":
     """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
 
-    Computes on `threads` threads, torch's own operations included: its number of threads is the process's. Raises ModelRefusedError or
-    ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of the wrong size.
+    Computes on `threads` threads, and sets the process's number for torch's own operations to that. Raises
+    ModelRefusedError or ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of
+    the wrong size.
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}, needs at least 1")

@@ -91,11 +91,11 @@ class Llama:
         """
         ops, config, eps = self._ops, self._config, self._config.rms_norm_eps
         rotation = Rotation(self._cosines, self._sines, batch.positions)
-        num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         hidden = ops.embedding(batch.token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
-            q, k, v = qkv.view(len(qkv), -1, config.head_dim).split(num_heads, dim=1)
+            q, k, v = torch.split(qkv.view(len(qkv), -1, config.head_dim), num_heads, dim=1)
             q = ops.rotate_and_write(q, (k, v), rotation, pages=pages, layer=index, slots=batch.slots)
             attended = ops.paged_attention(q, pages, batch.spans, layer=index, scale=config.attention_scale)
             hidden = layer.o(attended.flatten(1), residual=hidden)
