@@ -25,11 +25,12 @@ DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.flo
 
 
 class InstructionSet(IntEnum):
-    """Which machine code computes; the bits are the same for all."""
+    """Which machine code computes. The bits are the same for all, but that the last takes subnormal numbers as 0."""
 
     SCALAR = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512BF16 = 3
 
 
 class WeightKind(IntEnum):

@@ -7,7 +7,7 @@
 // Grows when the bits of any result may have changed.
 #define STAFFETTA_ABI_VERSION 1
 
-enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBfloat16 = 1, kWeightInt8 = 2 };
 enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3 };
@@ -72,4 +72,4 @@ struct Kernels {
   void (*log_softmax)(const Matrix& logits, const Matrix& out, int threads);
 };
 
-extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512;
+extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16;

@@ -115,15 +115,19 @@ void load_tile(const RowBlock& block, int64_t tile, Tiles& tiles) {
 
 // Scores of a strip of rows against the tile, into tiles.weights.
 template <int kRows>
-void score(const RowBlock& block, int64_t strip, Tiles& tiles) {
+__attribute__((noinline)) void score(const RowBlock& block, int64_t strip, Tiles& tiles) {
   constexpr int kVecs = 4;
   const float* query = tiles.query + strip * block.padded_dim;
   for (int j = 0; j < kTile; j += kVecs * kWidth) {
     Vec sums[kRows][kVecs];
-    for (auto& row : sums)
-      for (auto& sum : row) sum = zero();
-    chain<kRows, kVecs, 1>(sums, query, kRows, tiles.keys + j, kTile, 0, block.pages.head_dim);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
+    chain<kRows, kVecs, 1>(sums, query, kRows, tiles.keys + j, kTile, 0, block.pages.head_dim);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) store(tiles.weights + (strip + r) * kTile + j + v * kWidth, sums[r][v]);
   }
 }
@@ -163,16 +167,18 @@ int64_t weigh_columns(const RowBlock& block, int64_t row, int64_t d, int64_t lo,
     Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sums[r][v] = load(to + r * dim + v * kWidth);
     chain<kRows, kVecs, kTile>(sums, tiles.weights + row * kTile, 1, tiles.values + d, dim, lo, hi);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) store(to + r * dim + v * kWidth, sums[r][v]);
   }
   return d;
 }
 template <int kRows>
-void weigh(const RowBlock& block, int64_t row, int64_t lo, int64_t hi, Tiles& tiles) {
+__attribute__((noinline)) void weigh(const RowBlock& block, int64_t row, int64_t lo, int64_t hi, Tiles& tiles) {
   const int64_t wide = weigh_columns<kRows, 4>(block, row, 0, lo, hi, tiles);
   weigh_columns<kRows, 1>(block, row, wide, lo, hi, tiles);
 }

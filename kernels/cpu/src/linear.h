@@ -23,69 +23,107 @@ constexpr int64_t kBlockStrips = 384 / kLinearRows;   // rows of a block: their 
 constexpr int64_t kGroupPanels = 8;                   // panels that one thread takes at once, at most
 constexpr int64_t kSerialWork = int64_t{1} << 18;     // multiply-adds that are not worth waking a thread for
 
-// A strip is [steps][rows] of four bytes: one float, or four unsigned bytes.
+// A strip is [steps][rows], a panel [steps][32]; what a step is, and how it is multiplied, depends on the weights.
+// Steps of a panel take 128 bytes, so a block of K takes 32 KiB of the first cache.
+constexpr int64_t kStepBytes = kPanel * 4;
+constexpr int64_t kBlockSteps = 256;
+
+// A step is one input, float against float.
 struct Float32Weights {
   using Sum = Vec;
   static constexpr int kStepInputs = 1;
-  static constexpr int64_t kStepBytes = kPanel * 4;
-  static constexpr int64_t kBlockSteps = 256;
+  static constexpr int64_t kStripBytes = 4;
   template <int kRows>
-  static inline __attribute__((always_inline)) void accumulate(Sum (&sums)[kRows][kPanelVecs], const char* strip,
-                                                               const char* panel, int64_t steps) {
-    chain<kRows, kPanelVecs, 1>(sums, reinterpret_cast<const float*>(strip), kRows,
-                                reinterpret_cast<const float*>(panel), kPanel, 0, steps);
-  }
-};
-
-// Lane i of a step's 16 holds outputs i (low half) and 16 + i (high half): one load, one shift, one mask.
-struct Bfloat16Weights {
-  using Sum = Vec;
-  static constexpr int kStepInputs = 1;
-  static constexpr int64_t kStepBytes = kPanel * 2;
-  static constexpr int64_t kBlockSteps = 384;
-  template <int kRows>
-  static inline __attribute__((always_inline)) void accumulate(Sum (&sums)[kRows][kPanelVecs], const char* strip,
-                                                               const char* panel, int64_t steps) {
-    const float* left = reinterpret_cast<const float*>(strip);
-    for (int64_t k = 0; k < steps; ++k, left += kRows, panel += kStepBytes) {
-      Vec right[kPanelVecs];
+  static inline __attribute__((always_inline)) void step(Sum (&sums)[kRows][kPanelVecs], const char* strip,
+                                                         const char* panel) {
+    Vec right[kPanelVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs / 2; ++v) {
-        const IVec pair = iload(panel + v * kWidth * 4);
-        right[v] = low_half(pair);
-        right[v + kPanelVecs / 2] = high_half(pair);
-      }
+    for (int v = 0; v < kPanelVecs; ++v) right[v] = load(reinterpret_cast<const float*>(panel) + v * kWidth);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const Vec value = splat(left[r]);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec left = splat(reinterpret_cast<const float*>(strip)[r]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = fma(value, right[v], sums[r][v]);
-      }
+      for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
     }
   }
 };
+
+// A step is two inputs: of an output's pair of weights, the high half is the earlier. Rows are pairs of floats.
+struct Bfloat16Weights {
+  using Sum = Vec;
+  static constexpr int kStepInputs = 2;
+  static constexpr int64_t kStripBytes = 8;
+  template <int kRows>
+  static inline __attribute__((always_inline)) void step(Sum (&sums)[kRows][kPanelVecs], const char* strip,
+                                                         const char* panel) {
+    Vec early[kPanelVecs], late[kPanelVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const IVec pair = iload(panel + v * kWidth * 4);
+      early[v] = high_half(pair);
+      late[v] = low_half(pair);
+    }
+    const float* left = reinterpret_cast<const float*>(strip);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec first = splat(left[r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = fma(first, early[v], sums[r][v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec second = splat(left[kRows + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = fma(second, late[v], sums[r][v]);
+    }
+  }
+};
+
+inline __attribute__((always_inline)) IVec four_bytes(const char* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return isplat(four);
+}
+
+#ifdef STAFFETTA_BF16_DOT
+// The same pairs on both sides. The instruction adds the product of the high halves, rounds, adds that of the low ones,
+// rounds: the chain over k ascending, but for results and operands below the smallest normal, which it takes as 0.
+struct Bfloat16Pairs {
+  using Sum = Vec;
+  static constexpr int kStepInputs = 2;
+  static constexpr int64_t kStripBytes = 4;
+  template <int kRows>
+  static inline __attribute__((always_inline)) void step(Sum (&sums)[kRows][kPanelVecs], const char* strip,
+                                                         const char* panel) {
+    IVec right[kPanelVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) right[v] = iload(panel + v * kWidth * 4);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const IVec left = four_bytes(strip + r * 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = dot2(sums[r][v], left, right[v]);
+    }
+  }
+};
+#endif
 
 // A step is four inputs: x + 128 as unsigned bytes against weights as signed ones.
 struct Int8Weights {
   using Sum = IVec;
   static constexpr int kStepInputs = 4;
-  static constexpr int64_t kStepBytes = kPanel * 4;
-  static constexpr int64_t kBlockSteps = 256;
+  static constexpr int64_t kStripBytes = 4;
   template <int kRows>
-  static inline __attribute__((always_inline)) void accumulate(Sum (&sums)[kRows][kPanelVecs], const char* strip,
-                                                               const char* panel, int64_t steps) {
-    for (int64_t k = 0; k < steps; ++k, strip += kRows * 4, panel += kStepBytes) {
-      IVec right[kPanelVecs];
+  static inline __attribute__((always_inline)) void step(Sum (&sums)[kRows][kPanelVecs], const char* strip,
+                                                         const char* panel) {
+    IVec right[kPanelVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) right[v] = iload(panel + v * kWidth * 4);
+    for (int v = 0; v < kPanelVecs; ++v) right[v] = iload(panel + v * kWidth * 4);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        int32_t four;
-        std::memcpy(&four, strip + r * 4, 4);
-        const IVec value = isplat(four);
+    for (int r = 0; r < kRows; ++r) {
+      const IVec left = four_bytes(strip + r * 4);
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = dot4(sums[r][v], value, right[v]);
-      }
+      for (int v = 0; v < kPanelVecs; ++v) sums[r][v] = dot4(sums[r][v], left, right[v]);
     }
   }
 };
@@ -96,8 +134,29 @@ inline Vec sum_load(const char* p, Vec) { return load(reinterpret_cast<const flo
 inline IVec sum_load(const char* p, IVec) { return iload(p); }
 inline void sum_store(char* p, Vec x) { store(reinterpret_cast<float*>(p), x); }
 inline void sum_store(char* p, IVec x) { istore(p, x); }
-inline Vec plus(Vec a, Vec b) { return add(a, b); }
-inline IVec plus(IVec a, IVec) { return a; }
+inline Vec sum_add(Vec a, Vec b) { return add(a, b); }
+inline IVec sum_add(IVec a, IVec) { return a; }
+
+// Carries the sums [kRows][32] in memory on over `steps` steps; the first block starts them at zero.
+template <class Weights, int kRows>
+__attribute__((noinline)) void advance(const char* strip, const char* panel, int64_t steps, bool is_first, char* memory) {
+  using Sum = typename Weights::Sum;
+  Sum sums[kRows][kPanelVecs];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v)
+      sums[r][v] = is_first || kSplitKByRows ? sum_zero(Sum{}) : sum_load(memory + (r * kPanel + v * kWidth) * 4, Sum{});
+  for (; steps > 0; --steps, strip += kRows * Weights::kStripBytes, panel += kStepBytes)
+    Weights::template step<kRows>(sums, strip, panel);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVecs; ++v) {
+      char* to = memory + (r * kPanel + v * kWidth) * 4;
+      sum_store(to, kSplitKByRows && !is_first ? sum_add(sums[r][v], sum_load(to, Sum{})) : sums[r][v]);
+    }
+}
 
 // One call: what is the same for every panel and strip.
 struct LinearCall {
@@ -111,17 +170,30 @@ struct LinearCall {
   int64_t panel_columns() const { return w.gated ? kPanel / 2 : kPanel; }
 };
 
-// Writes [begin, end) of x as a strip, in the type of the weights' other factor.
+// Writes a strip of x as its weights want it. `row` holds a row as floats, padded to whole vectors and steps.
 template <class Weights>
 void pack_strip(const LinearCall& call, int64_t strip, float* row) {
   const int64_t begin = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - begin;
-  char* to = call.strips + begin * call.steps * 4;
+  float* to = reinterpret_cast<float*>(call.strips + begin * call.steps * Weights::kStripBytes);
   for (int64_t r = 0; r < rows; ++r) {
     widen(call.x.dtype, row_of(call.x, begin + r), call.x.columns, row);
-    float* values = reinterpret_cast<float*>(to) + r;
-    for (int64_t k = 0; k < call.x.columns; ++k) values[k * rows] = row[k];
+    row[call.x.columns] = 0;
+    for (int64_t k = 0; k < call.steps * Weights::kStepInputs; ++k) to[k * rows + r] = row[k];
   }
 }
+
+#ifdef STAFFETTA_BF16_DOT
+template <>
+inline void pack_strip<Bfloat16Pairs>(const LinearCall& call, int64_t strip, float*) {
+  const int64_t begin = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - begin, inputs = call.x.columns;
+  uint32_t* to = reinterpret_cast<uint32_t*>(call.strips + begin * call.steps * Bfloat16Pairs::kStripBytes);
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(row_of(call.x, begin + r));
+    for (int64_t k = 0; k + 1 < inputs; k += 2) to[k / 2 * rows + r] = static_cast<uint32_t>(from[k]) << 16 | from[k + 1];
+    if (inputs % 2) to[inputs / 2 * rows + r] = static_cast<uint32_t>(from[inputs - 1]) << 16;
+  }
+}
+#endif
 
 // max |x|, or NaN where there is one: it must reach the result. n is padded to whole vectors with zeros.
 inline float largest_magnitude(const float* x, int64_t n) {
@@ -170,22 +242,22 @@ inline void pack_strip<Int8Weights>(const LinearCall& call, int64_t strip, float
   }
 }
 
-inline void scaled(const LinearCall&, int64_t, int64_t, Vec sum, float* to) { store(to, sum); }
-inline void scaled(const LinearCall& call, int64_t row, int64_t output, IVec sum, float* to) {
+inline Vec scaled(const LinearCall&, int64_t, int64_t, Vec sum) { return sum; }
+inline Vec scaled(const LinearCall& call, int64_t row, int64_t output, IVec sum) {
   const IVec offset = imul(isplat(128), iload(call.w.sums + output));
-  store(to, mul(mul(to_float(isub(sum, offset)), splat(call.row_scales[row])), load(call.w.scales + output)));
+  return mul(mul(to_float(isub(sum, offset)), splat(call.row_scales[row])), load(call.w.scales + output));
 }
 
 // The epilogue of one row of a panel's sums.
 template <class Sum>
-inline void finish(const LinearCall& call, int64_t row, int64_t panel, const Sum (&sums)[kPanelVecs]) {
+inline void finish(const LinearCall& call, int64_t row, int64_t panel, const char* sums) {
   alignas(64) float values[kPanel], added[kPanel] = {};
   const int64_t begin = panel * call.panel_columns();
   const int64_t columns = least(call.panel_columns(), call.out.columns - begin);
   for (int v = 0; v < kPanelVecs; ++v) {
-    scaled(call, row, panel * kPanel + v * kWidth, sums[v], values + v * kWidth);
-    if (call.w.bias)
-      store(values + v * kWidth, add(load(values + v * kWidth), load(call.w.bias + panel * kPanel + v * kWidth)));
+    const int64_t output = panel * kPanel + v * kWidth;
+    const Vec value = scaled(call, row, output, sum_load(sums + v * kWidth * 4, Sum{}));
+    store(values + v * kWidth, call.w.bias ? add(value, load(call.w.bias + output)) : value);
   }
   if (call.w.gated)
     for (int i = 0; i < kPanel / 2; i += kWidth)
@@ -198,46 +270,26 @@ inline void finish(const LinearCall& call, int64_t row, int64_t panel, const Sum
   narrow(call.out.dtype, values, columns, row_of(call.out, row) + begin * element_bytes(call.out.dtype));
 }
 
-// Sums of all rows for panels [first, last). carry holds them between blocks of K: [panels][rows of a block][32].
+// All rows for panels [first, last). `memory` carries sums from block to block of K: [panels][rows of a block][32].
 template <class Weights>
-void compute_panels(const LinearCall& call, int64_t first, int64_t last, char* carry) {
-  using Sum = typename Weights::Sum;
-  const int64_t block_steps = call.num_strips == 1 ? call.steps : Weights::kBlockSteps;
+void compute_panels(const LinearCall& call, int64_t first, int64_t last, char* memory) {
+  const int64_t block_steps = call.num_strips == 1 ? call.steps : kBlockSteps;
   for (int64_t block = 0; block < call.num_strips; block += kBlockStrips) {
     const int64_t block_end = least(block + kBlockStrips, call.num_strips);
     const int64_t block_begin_row = call.strip_begin(block), block_rows = call.strip_begin(block_end) - block_begin_row;
     for (int64_t k = 0; k < call.steps; k += block_steps) {
       const int64_t steps = least(block_steps, call.steps - k);
-      const bool is_first = k == 0, is_last = k + steps == call.steps;
       for (int64_t panel = first; panel < last; ++panel) {
-        const char* weights = static_cast<const char*>(call.w.panels) + (panel * call.steps + k) * Weights::kStepBytes;
+        const char* weights = static_cast<const char*>(call.w.panels) + (panel * call.steps + k) * kStepBytes;
         for (int64_t strip = block; strip < block_end; ++strip) {
           const int64_t row = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - row;
-          const char* values = call.strips + (row * call.steps + k * rows) * 4;
-          char* carried = carry + ((panel - first) * block_rows + row - block_begin_row) * kPanel * 4;
+          const char* values = call.strips + (row * call.steps + k * rows) * Weights::kStripBytes;
+          char* sums = memory + ((panel - first) * block_rows + row - block_begin_row) * kPanel * 4;
           with_rows<kLinearRows>(rows, [&](auto count) {
-            constexpr int kRows = decltype(count)::value;
-            Sum sums[kRows][kPanelVecs];
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-              for (int v = 0; v < kPanelVecs; ++v)
-                sums[r][v] = is_first || kSplitKByRows ? sum_zero(Sum{})
-                                                       : sum_load(carried + (r * kPanel + v * kWidth) * 4, Sum{});
-            Weights::template accumulate<kRows>(sums, values, weights, steps);
-            if (kSplitKByRows && !is_first)
-              for (int r = 0; r < kRows; ++r)
-                for (int v = 0; v < kPanelVecs; ++v)
-                  sums[r][v] = plus(sums[r][v], sum_load(carried + (r * kPanel + v * kWidth) * 4, Sum{}));
-            if (is_last) {
-              for (int r = 0; r < kRows; ++r) finish(call, row + r, panel, sums[r]);
-              return;
-            }
-#pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-              for (int v = 0; v < kPanelVecs; ++v) sum_store(carried + (r * kPanel + v * kWidth) * 4, sums[r][v]);
+            advance<Weights, decltype(count)::value>(values, weights, steps, k == 0, sums);
           });
+          for (int64_t r = 0; k + steps == call.steps && r < rows; ++r)
+            finish<typename Weights::Sum>(call, row + r, panel, sums + r * kPanel * 4);
         }
       }
     }
@@ -250,7 +302,7 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   call.steps = ceil_div(w.inputs, Weights::kStepInputs);
   call.num_strips = ceil_div(x.rows, kLinearRows);
   call.num_panels = ceil_div(out.columns, call.panel_columns());
-  const size_t strip_bytes = static_cast<size_t>(x.rows) * call.steps * 4;
+  const size_t strip_bytes = static_cast<size_t>(x.rows) * call.steps * Weights::kStripBytes;
   call.strips = static_cast<char*>(workspace(Scratch::kShared, strip_bytes + x.rows * sizeof(float)));
   call.row_scales = reinterpret_cast<float*>(call.strips + strip_bytes);
   const int64_t group = most(1, least(kGroupPanels, call.num_panels / (threads * 4)));
@@ -273,7 +325,13 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
 inline void linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, const Matrix& out, int threads) {
   switch (w.kind) {
     case kWeightInt8: return run_linear<Int8Weights>(w, x, residual, out, threads);
+#ifdef STAFFETTA_BF16_DOT
+    case kWeightBfloat16:
+      if (x.dtype == kBfloat16) return run_linear<Bfloat16Pairs>(w, x, residual, out, threads);
+      return run_linear<Bfloat16Weights>(w, x, residual, out, threads);
+#else
     case kWeightBfloat16: return run_linear<Bfloat16Weights>(w, x, residual, out, threads);
+#endif
     default: return run_linear<Float32Weights>(w, x, residual, out, threads);
   }
 }

@@ -31,8 +31,9 @@ void pack_float32(const Matrix& weight, int64_t output, float* panel) {
 
 void pack_bfloat16(const Matrix& weight, int64_t output, uint16_t* panel) {
   const uint16_t* row = static_cast<const uint16_t*>(weight.data) + output * weight.row_stride;
-  const int64_t lane = output % (kPanel / 2) * 2 + output % kPanel / (kPanel / 2);
-  for (int64_t k = 0; k < weight.columns; ++k) panel[k * kPanel + lane] = output < weight.rows ? row[k] : 0;
+  const bool is_real = output < weight.rows;
+  for (int64_t k = 0; k < padded(weight.columns, 2); ++k)
+    panel[(k / 2 * kPanel + output % kPanel) * 2 + 1 - k % 2] = is_real && k < weight.columns ? row[k] : 0;
 }
 
 void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale, int32_t* sum) {
@@ -55,7 +56,7 @@ void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale
 int64_t packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) {
   const int64_t rows = padded(outputs, kPanel);
   if (kind == kWeightInt8) return rows * padded(inputs, 4);
-  return rows * inputs * (kind == kWeightBfloat16 ? 2 : 4);
+  return kind == kWeightBfloat16 ? rows * padded(inputs, 2) * 2 : rows * inputs * 4;
 }
 
 void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32_t* sums, int threads) {

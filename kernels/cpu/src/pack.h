@@ -7,7 +7,7 @@ int64_t packed_bytes(int32_t kind, int64_t outputs, int64_t inputs);
 
 // Writes weight [outputs, inputs] into `panels`; outputs are padded with zeros to whole panels.
 //   float32:  [panel][k][32] floats.
-//   bfloat16: [panel][k][16] pairs, outputs i (low half) and 16 + i (high half). weight must be bfloat16.
+//   bfloat16: [panel][k / 2][32] pairs, the earlier input in the high half. weight must be bfloat16.
 //   int8:     [panel][k / 4][32][4], symmetric per output: scale = max |w| / 127, q = round(w 127 / max |w|), ties to
 //             even; scales and sums [padded outputs] are written too.
 void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32_t* sums, int threads);

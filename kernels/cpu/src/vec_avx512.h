@@ -58,6 +58,13 @@ inline IVec to_int(Vec x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties
 // sum + four products of unsigned bytes of a with signed bytes of b, exact.
 inline IVec dot4(IVec sum, IVec a, IVec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 
+#ifdef STAFFETTA_BF16_DOT
+// sum + high x high, rounded, + low x low, rounded; bfloat16 pairs, subnormals are 0.
+inline Vec dot2(Vec sum, IVec a, IVec b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#endif
+
 // Two bfloat16 of a 32-bit lane, widened.
 inline Vec low_half(IVec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 inline Vec high_half(IVec x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536))); }

@@ -1,0 +1,107 @@
+"""Compiled kernels against torch on the linear layers of the 0.5B shape: `python -m tests.bars.kernels_vs_torch`.
+
+One table from one run: for every layer and number of rows the two take turns, and medians are compared. Torch computes
+`F.linear` in the same dtype and, for int8, `_int_mm` on rows that are quantized already. A ratio above 1 means that the
+compiled kernel is faster.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.backend import WeightFormat
+from kernels.cpu.backend import CpuBackend
+from kernels.reference import quantize_rows
+
+ROWS = (1, 4, 16, 64, 256, 512, 2048)
+LAYERS = {"qkv": (1024, 4096), "o": (2048, 1024), "gate+up": (1024, 6144), "down": (3072, 1024), "head": (1024, 32_000)}
+"""Inputs and outputs: hidden 1024, 16 heads and 8 KV heads of 128, intermediate 3072."""
+HEAD_MAX_ROWS = 64
+"""Only rows that sample reach the head."""
+
+
+class Peer(NamedTuple):
+    """One column: what our kernel is given, and what torch does for the same."""
+
+    dtype: torch.dtype
+    stored: WeightFormat
+    torch_linear: Callable[[Tensor, Tensor], Callable[[], object]]
+
+
+def _plain(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    return lambda: functional.linear(x, weight)
+
+
+def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    quantized, transposed = quantize_rows(x)[0], quantize_rows(weight)[0].T
+    return lambda: torch._int_mm(quantized, transposed)
+
+
+PEERS = {
+    "bf16": Peer(torch.bfloat16, WeightFormat.AS_GIVEN, _plain),
+    "fp32": Peer(torch.float32, WeightFormat.AS_GIVEN, _plain),
+    "int8": Peer(torch.bfloat16, WeightFormat.INT8, _int_mm),
+}
+
+
+def _alternate(first: Callable[[], object], second: Callable[[], object], seconds: float) -> tuple[float, float]:
+    """Median seconds of each, called in turns for about `seconds`."""
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for function, durations in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            durations.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=0.3, help="per cell")
+    parser.add_argument("--copies", type=int, default=8, help="weights taken in turn, so that caches do not hold them")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    backend = CpuBackend(threads=options.threads)
+    print(f"{backend.name}, torch {torch.__version__}, {options.threads} threads; ours µs / torch µs = ratio")
+    print(f"{'':14}" + "".join(f"{f'M = {rows}':>24}" for rows in ROWS))
+    for peer_name in options.peers:
+        peer = PEERS[peer_name]
+        for name in options.layers:
+            inputs, outputs = LAYERS[name]
+            count = 1 if name == "head" else options.copies
+            weights = [torch.randn(outputs, inputs).to(peer.dtype) for _ in range(count)]
+            layers = [backend.prepare_linear(weight, stored=peer.stored) for weight in weights]
+            cells = []
+            for rows in ROWS:
+                if name == "head" and rows > HEAD_MAX_ROWS:
+                    continue
+                x = torch.randn(rows, inputs).to(peer.dtype)
+                theirs = [peer.torch_linear(x, weight) for weight in weights]
+                turn = [0, 0]
+
+                def ours(x: Tensor = x, turn: list[int] = turn) -> None:
+                    turn[0] += 1
+                    layers[turn[0] % len(layers)](x)
+
+                def other(theirs: list[Callable[[], object]] = theirs, turn: list[int] = turn) -> None:
+                    turn[1] += 1
+                    theirs[turn[1] % len(theirs)]()
+
+                mine, torchs = _alternate(ours, other, options.seconds)
+                cells.append(f"{mine * 1e6:8.0f} /{torchs * 1e6:8.0f} ={torchs / mine:5.2f}")
+            print(f"{peer_name:5} {name:8}" + "".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
