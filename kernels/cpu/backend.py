@@ -68,7 +68,7 @@ class CpuLinear:
         out = x.new_empty(len(x), self._out_features)
         if residual is not None and residual.shape != out.shape:
             raise ValueError(f"residual has shape {list(residual.shape)}, the result {list(out.shape)}")
-        other = None if residual is None else rows(residual)
+        other = None if residual is None else rows(residual.to(x.dtype))
         status = self._backend.library.staffetta_linear(
             self._backend.isa,
             self._backend.threads,

@@ -19,7 +19,7 @@ namespace STAFFETTA_ISA {
 
 constexpr int kPanel = 32;
 constexpr int kPanelVecs = kPanel / kWidth;
-constexpr int64_t kBlockStrips = 384 / kLinearRows;   // rows of a block: their part of K stays in the second cache
+constexpr int64_t kBlockStrips = 192 / kLinearRows;   // rows of a block: their part of K stays in the second cache
 constexpr int64_t kGroupPanels = 8;                   // panels that one thread takes at once, at most
 constexpr int64_t kSerialWork = int64_t{1} << 18;     // multiply-adds that are not worth waking a thread for
 
@@ -170,32 +170,10 @@ struct LinearCall {
   int64_t panel_columns() const { return w.gated ? kPanel / 2 : kPanel; }
 };
 
-// Writes a strip of x as its weights want it. `row` holds a row as floats, padded to whole vectors and steps.
-template <class Weights>
-void pack_strip(const LinearCall& call, int64_t strip, float* row) {
-  const int64_t begin = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - begin;
-  float* to = reinterpret_cast<float*>(call.strips + begin * call.steps * Weights::kStripBytes);
-  for (int64_t r = 0; r < rows; ++r) {
-    widen(call.x.dtype, row_of(call.x, begin + r), call.x.columns, row);
-    row[call.x.columns] = 0;
-    for (int64_t k = 0; k < call.steps * Weights::kStepInputs; ++k) to[k * rows + r] = row[k];
-  }
-}
+// Floats of scratch that packing a row takes: for int8 the bytes, then the row.
+inline int64_t scratch_row(int64_t inputs) { return 2 * ceil_div(inputs + 1, kWidth) * kWidth + kWidth; }
 
-#ifdef STAFFETTA_BF16_DOT
-template <>
-inline void pack_strip<Bfloat16Pairs>(const LinearCall& call, int64_t strip, float*) {
-  const int64_t begin = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - begin, inputs = call.x.columns;
-  uint32_t* to = reinterpret_cast<uint32_t*>(call.strips + begin * call.steps * Bfloat16Pairs::kStripBytes);
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(row_of(call.x, begin + r));
-    for (int64_t k = 0; k + 1 < inputs; k += 2) to[k / 2 * rows + r] = static_cast<uint32_t>(from[k]) << 16 | from[k + 1];
-    if (inputs % 2) to[inputs / 2 * rows + r] = static_cast<uint32_t>(from[inputs - 1]) << 16;
-  }
-}
-#endif
-
-// max |x|, or NaN where there is one: it must reach the result. n is padded to whole vectors with zeros.
+// max |x|, or NaN where there is one or an infinity: it must reach the result. n is a multiple of the width.
 inline float largest_magnitude(const float* x, int64_t n) {
   Vec largest = zero(), spoilt = zero();
   for (int64_t i = 0; i < n; i += kWidth) {
@@ -213,33 +191,69 @@ inline float largest_magnitude(const float* x, int64_t n) {
   return result;
 }
 
+// Row m of x, padded with zeros, in the steps of a strip of one row; `to` has room for whole vectors.
+template <class Weights>
+inline void pack_row(const LinearCall& call, int64_t m, float* to) {
+  widen(call.x.dtype, row_of(call.x, m), call.x.columns, to);
+  if (Weights::kStepInputs == 2) to[call.x.columns] = 0;
+}
+
+#ifdef STAFFETTA_BF16_DOT
+template <>
+inline void pack_row<Bfloat16Pairs>(const LinearCall& call, int64_t m, float* to) {
+  const int64_t inputs = call.x.columns;
+  const char* from = row_of(call.x, m);
+  char* pairs = reinterpret_cast<char*>(to);
+  for (int64_t step = 0; step < inputs / 2; ++step) {
+    uint32_t pair;
+    std::memcpy(&pair, from + step * 4, 4);
+    pair = pair << 16 | pair >> 16;  // the earlier input belongs in the high half
+    std::memcpy(pairs + step * 4, &pair, 4);
+  }
+  if (inputs % 2) {
+    std::memset(pairs + inputs * 2 - 2, 0, 2);
+    std::memcpy(pairs + inputs * 2, from + inputs * 2 - 2, 2);
+  }
+}
+#endif
+
 // Symmetric, per row: scale = max |x| / 127, q = round(x 127 / max |x|), stored as q + 128; a row of zeros has scale 0.
 template <>
-inline void pack_strip<Int8Weights>(const LinearCall& call, int64_t strip, float* row) {
-  const int64_t begin = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - begin, inputs = call.x.columns;
-  const int64_t padded = ceil_div(call.steps * 4, kWidth) * kWidth;
-  const auto load_row = [&](int64_t m) {
-    widen(call.x.dtype, row_of(call.x, m), inputs, row);
-    for (int64_t k = inputs; k < padded; ++k) row[k] = 0;
+inline void pack_row<Int8Weights>(const LinearCall& call, int64_t m, float* to) {
+  const int64_t inputs = call.x.columns, padded = ceil_div(inputs, kWidth) * kWidth;
+  float* row = to + padded;  // the bytes go before the floats that they are made of
+  const auto load_row = [&](int64_t index) {
+    for (int64_t k = padded - kWidth; k < padded; ++k) row[k] = 0;
+    widen(call.x.dtype, row_of(call.x, index), inputs, row);
     return largest_magnitude(row, padded);
   };
-  float batch_largest = 0;
-  for (int64_t m = 0; kScalePerBatch && m < call.x.rows; ++m) {
-    const float largest = load_row(m);
-    batch_largest = largest > batch_largest ? largest : batch_largest;
+  float largest = 0;
+  for (int64_t other = 0; kScalePerBatch && other < call.x.rows; ++other) {
+    const float here = load_row(other);
+    largest = here > largest ? here : largest;
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float row_largest = load_row(begin + r), largest = kScalePerBatch ? batch_largest : row_largest;
-    call.row_scales[begin + r] = largest / 127.0f;
-    const Vec factor = splat(largest > 0 ? 127.0f / largest : 0.0f);
-    char* to = call.strips + (begin * call.steps + r) * 4;
-    for (int64_t k = 0; k < padded; k += kWidth) {
-      int32_t rounded[kWidth];
-      istore(rounded, to_int(mul(load(row + k), factor)));
-      for (int64_t step = k / 4; step < least(k / 4 + kWidth / 4, call.steps); ++step)
-        for (int i = 0; i < 4; ++i) to[step * rows * 4 + i] = static_cast<char>(rounded[step * 4 - k + i] + 128);
-    }
-  }
+  const float own = load_row(m);
+  largest = kScalePerBatch ? largest : own;
+  call.row_scales[m] = largest / 127.0f;
+  const Vec factor = splat(largest > 0 ? 127.0f / largest : 0.0f);
+  for (int64_t k = 0; k < padded; k += kWidth)
+    store_bytes(reinterpret_cast<char*>(to) + k, isub(to_int(mul(load(row + k), factor)), isplat(-128)));
+}
+
+// Packs a strip: every row into `scratch`, then step by step.
+template <class Weights>
+void pack_strip(const LinearCall& call, int64_t strip, float* scratch) {
+  constexpr int64_t kUnits = Weights::kStripBytes / 4;
+  const int64_t begin = call.strip_begin(strip), units = call.steps * kUnits, stride = scratch_row(call.x.columns);
+  for (int64_t row = begin; row < call.strip_begin(strip + 1); ++row)
+    pack_row<Weights>(call, row, scratch + (row - begin) * stride);
+  with_rows<kLinearRows>(call.strip_begin(strip + 1) - begin, [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    char* to = call.strips + begin * units * 4;
+    for (int64_t unit = 0; unit < units; ++unit, to += kRows * 4)
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) std::memcpy(to + r * 4, scratch + r * stride + unit, 4);
+  });
 }
 
 inline Vec scaled(const LinearCall&, int64_t, int64_t, Vec sum) { return sum; }
@@ -248,26 +262,33 @@ inline Vec scaled(const LinearCall& call, int64_t row, int64_t output, IVec sum)
   return mul(mul(to_float(isub(sum, offset)), splat(call.row_scales[row])), load(call.w.scales + output));
 }
 
-// The epilogue of one row of a panel's sums.
-template <class Sum>
-inline void finish(const LinearCall& call, int64_t row, int64_t panel, const char* sums) {
-  alignas(64) float values[kPanel], added[kPanel] = {};
+// The epilogue of a strip's rows for one panel, from their sums in memory. Type is that of the residual and the result.
+template <class Type, class Sum>
+void finish(const LinearCall& call, int64_t first_row, int64_t rows, int64_t panel, const char* sums) {
+  using Element = typename Type::Element;
   const int64_t begin = panel * call.panel_columns();
   const int64_t columns = least(call.panel_columns(), call.out.columns - begin);
-  for (int v = 0; v < kPanelVecs; ++v) {
-    const int64_t output = panel * kPanel + v * kWidth;
-    const Vec value = scaled(call, row, output, sum_load(sums + v * kWidth * 4, Sum{}));
-    store(values + v * kWidth, call.w.bias ? add(value, load(call.w.bias + output)) : value);
+  const int vecs = static_cast<int>(call.panel_columns() / kWidth);
+  for (int64_t row = first_row; row < first_row + rows; ++row, sums += kPanel * 4) {
+    Vec values[kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const int64_t output = panel * kPanel + v * kWidth;
+      values[v] = scaled(call, row, output, sum_load(sums + v * kWidth * 4, Sum{}));
+      if (call.w.bias) values[v] = add(values[v], load(call.w.bias + output));
+    }
+    if (call.w.gated)
+      for (int v = 0; v < kPanelVecs / 2; ++v) values[v] = mul(silu(values[v]), values[v + kPanelVecs / 2]);
+    Element* to = reinterpret_cast<Element*>(row_of(call.out, row)) + begin;
+    const Element* added = call.residual.data ? reinterpret_cast<Element*>(row_of(call.residual, row)) + begin : nullptr;
+    Element result[kPanel] = {};
+    if (added && columns < call.panel_columns()) added = static_cast<Element*>(std::memcpy(result, added, columns * sizeof *to));
+    Element* whole = columns < call.panel_columns() ? result : to;
+    for (int v = 0; v < vecs; ++v) {
+      if (added) values[v] = add(values[v], Type::load(added + v * kWidth));
+      Type::store(whole + v * kWidth, values[v]);
+    }
+    if (whole != to) std::memcpy(to, result, columns * sizeof *to);
   }
-  if (call.w.gated)
-    for (int i = 0; i < kPanel / 2; i += kWidth)
-      store(values + i, mul(silu(load(values + i)), load(values + kPanel / 2 + i)));
-  if (call.residual.data) {
-    widen(call.residual.dtype, row_of(call.residual, row) + begin * element_bytes(call.residual.dtype), columns, added);
-    for (int v = 0; v < kPanelVecs; ++v)
-      store(values + v * kWidth, add(load(values + v * kWidth), load(added + v * kWidth)));
-  }
-  narrow(call.out.dtype, values, columns, row_of(call.out, row) + begin * element_bytes(call.out.dtype));
 }
 
 // All rows for panels [first, last). `memory` carries sums from block to block of K: [panels][rows of a block][32].
@@ -288,8 +309,10 @@ void compute_panels(const LinearCall& call, int64_t first, int64_t last, char* m
           with_rows<kLinearRows>(rows, [&](auto count) {
             advance<Weights, decltype(count)::value>(values, weights, steps, k == 0, sums);
           });
-          for (int64_t r = 0; k + steps == call.steps && r < rows; ++r)
-            finish<typename Weights::Sum>(call, row + r, panel, sums + r * kPanel * 4);
+          if (k + steps == call.steps)
+            with_type(call.out.dtype, [&](auto type) {
+              finish<decltype(type), typename Weights::Sum>(call, row, rows, panel, sums);
+            });
         }
       }
     }
@@ -308,7 +331,7 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const int64_t group = most(1, least(kGroupPanels, call.num_panels / (threads * 4)));
   const int64_t block_rows = least(x.rows, kBlockStrips * kLinearRows);
   const size_t carry_bytes = static_cast<size_t>(group * block_rows * kPanel) * 4;
-  const size_t row_bytes = (static_cast<size_t>(call.steps) * 4 + 2 * kWidth) * sizeof(float);
+  const size_t row_bytes = kLinearRows * scratch_row(w.inputs) * sizeof(float);
   const bool is_small = x.rows * w.inputs * out.columns < kSerialWork;
 #pragma omp parallel num_threads(threads) if (threads > 1 && !is_small)
   {

@@ -44,6 +44,13 @@ inline IVec isub(IVec a, IVec b) { return _mm256_sub_epi32(a, b); }
 inline IVec imul(IVec a, IVec b) { return _mm256_mullo_epi32(a, b); }
 inline Vec to_float(IVec x) { return _mm256_cvtepi32_ps(x); }
 inline IVec to_int(Vec x) { return _mm256_cvtps_epi32(x); }
+inline void store_bytes(void* p, IVec x) {
+  const IVec lowest = _mm256_shuffle_epi8(
+      x, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12, -1, -1, -1, -1, -1,
+                          -1, -1, -1, -1, -1, -1, -1));
+  const IVec together = _mm256_permutevar8x32_epi32(lowest, _mm256_setr_epi32(0, 4, 1, 1, 1, 1, 1, 1));
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm256_castsi256_si128(together));
+}
 // The byte product that would be one instruction saturates at 16 bits, so even and odd bytes are widened first.
 inline IVec dot4(IVec sum, IVec a, IVec b) {
   const IVec byte = _mm256_set1_epi16(0xff);

@@ -55,6 +55,9 @@ inline IVec isub(IVec a, IVec b) { return _mm512_sub_epi32(a, b); }
 inline IVec imul(IVec a, IVec b) { return _mm512_mullo_epi32(a, b); }
 inline Vec to_float(IVec x) { return _mm512_cvtepi32_ps(x); }
 inline IVec to_int(Vec x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
+inline void store_bytes(void* p, IVec x) {  // the lowest byte of each lane
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
 // sum + four products of unsigned bytes of a with signed bytes of b, exact.
 inline IVec dot4(IVec sum, IVec a, IVec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 

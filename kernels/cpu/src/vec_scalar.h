@@ -75,6 +75,9 @@ inline Vec to_float(IVec x) { return each<Vec>([&](int i) { return static_cast<f
 inline IVec to_int(Vec x) {
   return each<IVec>([&](int i) { return static_cast<int32_t>(std::nearbyint(x.lane[i])); });
 }
+inline void store_bytes(void* p, IVec x) {
+  for (int i = 0; i < kWidth; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(x.lane[i]);
+}
 inline IVec dot4(IVec sum, IVec a, IVec b) {
   return each<IVec>([&](int i) {
     uint8_t left[4];
