@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule("nothing", "", (KERNELS, "-k", "avx512-2 or avx2-2 or avx512bf16-2 or scalar-2")),
+    Rule("nothing", "", (KERNELS, ENGINE, "-k", "not scalar and not avx2")),
     Rule("linear: K split by the number of rows", "LINEAR", (KERNELS, "-k", "linear")),
     Rule("attention: a number of splits, not a size", "ATTENTION", (KERNELS, "-k", "attend")),
     Rule("int8: one activation scale for the batch", "SCALES", (KERNELS, "-k", "linear and int8")),
