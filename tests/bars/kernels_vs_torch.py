@@ -9,6 +9,8 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -76,31 +78,32 @@ def main() -> None:
     print(f"{backend.name}, torch {torch.__version__}, {options.threads} threads; ours µs / torch µs = ratio")
     print(f"{'':14}" + "".join(f"{f'M = {rows}':>24}" for rows in ROWS))
     for peer_name in options.peers:
-        peer = PEERS[peer_name]
         for name in options.layers:
-            inputs, outputs = LAYERS[name]
-            count = 1 if name == "head" else options.copies
-            weights = [torch.randn(outputs, inputs).to(peer.dtype) for _ in range(count)]
-            layers = [backend.prepare_linear(weight, stored=peer.stored) for weight in weights]
-            cells = []
-            for rows in ROWS:
-                if name == "head" and rows > HEAD_MAX_ROWS:
-                    continue
-                x = torch.randn(rows, inputs).to(peer.dtype)
-                theirs = [peer.torch_linear(x, weight) for weight in weights]
-                turn = [0, 0]
-
-                def ours(x: Tensor = x, turn: list[int] = turn) -> None:
-                    turn[0] += 1
-                    layers[turn[0] % len(layers)](x)
-
-                def other(theirs: list[Callable[[], object]] = theirs, turn: list[int] = turn) -> None:
-                    turn[1] += 1
-                    theirs[turn[1] % len(theirs)]()
-
-                mine, torchs = _alternate(ours, other, options.seconds)
-                cells.append(f"{mine * 1e6:8.0f} /{torchs * 1e6:8.0f} ={torchs / mine:5.2f}")
+            cells = _row(PEERS[peer_name], name, backend, copies=options.copies, seconds=options.seconds)
             print(f"{peer_name:5} {name:8}" + "".join(cells), flush=True)
+
+
+def _row(peer: Peer, name: str, backend: CpuBackend, *, copies: int, seconds: float) -> list[str]:
+    """One layer's cells."""
+    inputs, outputs = LAYERS[name]
+    weights = [torch.randn(outputs, inputs).to(peer.dtype) for _ in range(1 if name == "head" else copies)]
+    layers = [backend.prepare_linear(weight, stored=peer.stored) for weight in weights]
+    cells = []
+    for rows in ROWS:
+        if name == "head" and rows > HEAD_MAX_ROWS:
+            break
+        x = torch.randn(rows, inputs).to(peer.dtype)
+        ours = _in_turn([partial(layer, x) for layer in layers])
+        theirs = _in_turn([peer.torch_linear(x, weight) for weight in weights])
+        mine, torchs = _alternate(ours, theirs, seconds)
+        cells.append(f"{mine * 1e6:8.0f} /{torchs * 1e6:8.0f} ={torchs / mine:5.2f}")
+    return cells
+
+
+def _in_turn(functions: list[Callable[[], object]]) -> Callable[[], object]:
+    """Calls the next function at every call."""
+    order = cycle(functions)
+    return lambda: next(order)()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The embedded model through the engine of one process: the same bits alone, batched, chunked and on other threads.
 
-Token ids and float32 log-probabilities, the chosen and the alternatives, are compared for equality. Every variant proves
-from the steps it ran that its condition occurred.
+Token ids and float32 log-probabilities, the chosen and the alternatives, are compared for equality. Every variant
+proves from the steps it ran that its condition occurred.
 """
 
 import dataclasses
@@ -97,9 +97,7 @@ def run(
     [("float32", WeightFormat.AS_GIVEN), ("bfloat16", WeightFormat.AS_GIVEN), ("bfloat16", WeightFormat.INT8)],
     ids=["float32", "bfloat16", "int8"],
 )
-def test_tokens_and_logprobs_have_the_same_bits_however_they_are_computed(
-    dtype: KVDtype, stored: WeightFormat
-) -> None:
+def test_tokens_and_logprobs_have_the_same_bits_however_they_are_computed(dtype: KVDtype, stored: WeightFormat) -> None:
     threads_before = torch.get_num_threads()
     requests = make_requests()
     runner = make_runner(dtype, stored, threads=1)
