@@ -117,7 +117,7 @@ def test_decode_prefill_and_every_chunk_size_attend_alike(
     context = Context(203, dim=24, dtype=dtype)
     expected = context.decode(alone)
     assert_rows_equal(context.attend(backend, 0, context.length), expected, "prefill")
-    every = is_full or (dtype is torch.float32 and backend.isa is alone.isa)
+    every = is_full or (dtype is torch.float32 and backend.isa is alone.isa and backend.threads == 2)
     for size in range(1, 131) if every else (1, 5, 64, 65, 130):
         for start in range(0, context.length, size):
             end = min(start + size, context.length)

@@ -30,6 +30,7 @@ constexpr float kMinusInfinity = -__builtin_inff();
 // Running softmax of a block of rows: maximum and sum per row, weighted values [rows][padded head_dim].
 struct Running {
   float *maximum, *sum, *values;
+  static Running at(float* memory) { return {memory, memory + kBlockRows, memory + 2 * kBlockRows}; }
 };
 
 // A block of query rows of one sequence and KV head. Row r is token r / group of [first_token, ...), head r % group.
@@ -53,7 +54,7 @@ struct Tiles {
   float *query, *keys, *values, *weights, *raw_keys;
   Running split, total;
 
-  static size_t floats(int64_t dim) { return (2 * kBlockRows + 3 * kTile) * dim + kBlockRows * (kTile + dim + 4); }
+  static size_t floats(int64_t dim) { return 3 * kTile * dim + kBlockRows * (3 * dim + kTile + 4); }
   Tiles(float* memory, int64_t dim) {
     const auto take = [&](int64_t count) { return (memory += count) - count; };
     query = take(kBlockRows * dim);
@@ -61,8 +62,8 @@ struct Tiles {
     values = take(kTile * dim);
     raw_keys = take(kTile * dim);
     weights = take(kBlockRows * kTile);
-    split = {take(kBlockRows), take(kBlockRows), take(kBlockRows * dim)};
-    total = {take(kBlockRows), take(kBlockRows), take(kBlockRows * dim)};
+    split = Running::at(take(kBlockRows * (dim + 2)));
+    total = Running::at(take(kBlockRows * (dim + 2)));
   }
 };
 
@@ -214,16 +215,16 @@ void compute_split(const RowBlock& block, int64_t split, Tiles& tiles) {
 }
 
 // Joins the partial result of a row's next split to the row's total.
-inline void join(const Running& total, const Running& split, int64_t total_row, int64_t split_row, int64_t dim) {
-  const float right_maximum = split.maximum[split_row];
+inline void join(const Running& total, const Running& split, int64_t row, int64_t dim) {
+  const float right_maximum = split.maximum[row];
   if (right_maximum == kMinusInfinity) return;
-  float *left = total.values + total_row * dim, *right = split.values + split_row * dim;
-  const float left_maximum = total.maximum[total_row];
+  float *left = total.values + row * dim, *right = split.values + row * dim;
+  const float left_maximum = total.maximum[row];
   const float maximum = right_maximum > left_maximum ? right_maximum : left_maximum;
   const Vec left_factor = splat(exp(left_maximum - maximum)), right_factor = splat(exp(right_maximum - maximum));
   const auto joined = [&](Vec a, Vec b) { return fma(b, right_factor, mul(a, left_factor)); };
-  total.sum[total_row] = first(joined(splat(total.sum[total_row]), splat(split.sum[split_row])));
-  total.maximum[total_row] = maximum;
+  total.sum[row] = first(joined(splat(total.sum[row]), splat(split.sum[row])));
+  total.maximum[row] = maximum;
   for (int64_t d = 0; d < dim; d += kWidth) store(left + d, joined(load(left + d), load(right + d)));
 }
 
@@ -268,21 +269,60 @@ struct Plan {
   }
 };
 
+// A block's splits one after the other, each joined as it is done.
+template <class Type>
+void compute_block(const RowBlock& block, Tiles& tiles) {
+  load_queries(block, tiles);
+  reset(tiles.total, block.rows, block.padded_dim);
+  for (int64_t split = block.first_split(); split <= block.last_split(); ++split) {
+    compute_split<Type>(block, split, tiles);
+    for (int64_t r = 0; r < block.rows; ++r) join(tiles.total, tiles.split, r, block.padded_dim);
+  }
+  write_rows(block, tiles.total);
+}
+
+// The same where there are fewer blocks than threads: splits are shared out, kept, and joined in the same order.
+template <class Type>
+void compute_by_splits(const Plan& plan, int threads, size_t tile_bytes) {
+  int64_t most_splits = 0;
+  for (int64_t index = 0; index < plan.num_blocks; ++index)
+    most_splits = most(most_splits, plan.block(index).last_split() - plan.block(index).first_split() + 1);
+  const int64_t units = plan.num_blocks * most_splits, unit_floats = kBlockRows * (plan.padded_dim + 2);
+  float* partials = static_cast<float*>(workspace(Scratch::kShared, units * unit_floats * sizeof(float)));
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = 0; unit < units; ++unit) {
+      const RowBlock block = plan.block(unit / most_splits);
+      const int64_t split = block.first_split() + unit % most_splits;
+      if (split > block.last_split()) continue;
+      load_queries(block, tiles);
+      tiles.split = Running::at(partials + unit * unit_floats);
+      compute_split<Type>(block, split, tiles);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t index = 0; index < plan.num_blocks; ++index) {
+      const RowBlock block = plan.block(index);
+      reset(tiles.total, block.rows, block.padded_dim);
+      for (int64_t n = 0; n <= block.last_split() - block.first_split(); ++n) {
+        const Running split = Running::at(partials + (index * most_splits + n) * unit_floats);
+        for (int64_t r = 0; r < block.rows; ++r) join(tiles.total, split, r, block.padded_dim);
+      }
+      write_rows(block, tiles.total);
+    }
+  }
+}
+
 template <class Type>
 void run_attention(const AttentionArguments& call, const Pages& pages, int threads) {
   const Plan plan(call, pages);
   const size_t tile_bytes = Tiles::floats(plan.padded_dim) * sizeof(float);
+  if (plan.num_blocks < threads) return compute_by_splits<Type>(plan, threads, tile_bytes);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
   for (int64_t index = 0; index < plan.num_blocks; ++index) {
     Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
-    const RowBlock block = plan.block(index);
-    load_queries(block, tiles);
-    reset(tiles.total, block.rows, block.padded_dim);
-    for (int64_t split = block.first_split(); split <= block.last_split(); ++split) {
-      compute_split<Type>(block, split, tiles);
-      for (int64_t r = 0; r < block.rows; ++r) join(tiles.total, tiles.split, r, r, block.padded_dim);
-    }
-    write_rows(block, tiles.total);
+    compute_block<Type>(plan.block(index), tiles);
   }
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.backend import Linear, Rotation, Spans, WeightFormat
+from kernels.backend import Backend, Linear, Rotation, Spans, WeightFormat
 from kernels.cpu.backend import CpuBackend
 from kernels.cpu.library import InstructionSet
 from kernels.reference import ReferenceBackend
@@ -123,8 +123,8 @@ def test_paged_attention(
     query = torch.randn(sum(counts), heads * 2, dim).to(dtype)[:, ::2]
     window, soft_cap = options.get("window"), options.get("soft_cap")
     arguments = {"layer": 2, "scale": dim**-0.5, "window": None if window is None else int(window)}
-    ours = backend.paged_attention(query, pages, spans, **arguments, soft_cap=soft_cap)  # type: ignore[arg-type]
-    theirs = REFERENCE.paged_attention(query, pages, spans, **arguments, soft_cap=soft_cap)  # type: ignore[arg-type]
+    ours = backend.paged_attention(query, pages, spans, **arguments, soft_cap=soft_cap)
+    theirs = REFERENCE.paged_attention(query, pages, spans, **arguments, soft_cap=soft_cap)
     assert ours.is_contiguous()
     close(ours, theirs)
 
@@ -150,9 +150,10 @@ def test_rotation_and_write(backend: CpuBackend, dtype: torch.dtype, dim: int) -
     rotation = Rotation(*tables, torch.randint(0, 50, (9,)))
     slots = torch.randperm(5 * 4)[:9]
     pages = [torch.full((5, 2, 3, 2, 4, dim), -1.0, dtype=dtype) for _ in range(2)]
+    both: list[Backend] = [backend, REFERENCE]
     ours, theirs = (
         each.rotate_and_write(query, (keys, values), rotation, pages=memory, layer=1, slots=slots)
-        for each, memory in zip((backend, REFERENCE), pages, strict=True)
+        for each, memory in zip(both, pages, strict=True)
     )
     close(ours, theirs)
     close(pages[0], pages[1])
