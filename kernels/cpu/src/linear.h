@@ -167,9 +167,11 @@ void compute_panels(const LinearCall& call, int64_t first, int64_t last, char* m
         for (int64_t strip = block; strip < block_end; ++strip) {
           const int64_t row = call.strip_begin(strip), rows = call.strip_begin(strip + 1) - row;
           const char* values = call.strips + (row * call.steps + k * rows) * Weights::kStripBytes;
+          // The last strip overlaps its work with the arrival of the next panel.
+          const int64_t ahead = strip + 1 == block_end ? call.steps * kStepBytes : 0;
           char* sums = memory + ((panel - first) * block_rows + row - block_begin_row) * kPanel * 4;
           with_rows<kLinearRows>(rows, [&](auto count) {
-            advance<Weights, decltype(count)::value>(values, weights, steps, k == 0, sums);
+            advance<Weights, decltype(count)::value>(values, weights, ahead, steps, k == 0, sums);
           });
           if (k + steps == call.steps)
             with_type(call.out.dtype, [&](auto type) {

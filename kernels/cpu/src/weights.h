@@ -123,9 +123,11 @@ inline void sum_store(char* p, IVec x) { istore(p, x); }
 inline Vec sum_add(Vec a, Vec b) { return add(a, b); }
 inline IVec sum_add(IVec a, IVec) { return a; }
 
-// Carries the sums [kRows][32] in memory on over `steps` steps; the first block starts them at zero.
+// Carries the sums [kRows][32] in memory on over `steps` steps; the first block starts them at zero. What lies `ahead`
+// bytes beyond the panel is fetched meanwhile.
 template <class Weights, int kRows>
-__attribute__((noinline)) void advance(const char* strip, const char* panel, int64_t steps, bool is_first, char* memory) {
+__attribute__((noinline)) void advance(const char* strip, const char* panel, int64_t ahead, int64_t steps, bool is_first,
+                                       char* memory) {
   using Sum = typename Weights::Sum;
   Sum sums[kRows][kPanelVecs];
 #pragma GCC unroll 16
@@ -133,8 +135,11 @@ __attribute__((noinline)) void advance(const char* strip, const char* panel, int
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v)
       sums[r][v] = is_first || kSplitKByRows ? sum_zero(Sum{}) : sum_load(memory + (r * kPanel + v * kWidth) * 4, Sum{});
-  for (; steps > 0; --steps, strip += kRows * Weights::kStripBytes, panel += kStepBytes)
+  for (; steps > 0; --steps, strip += kRows * Weights::kStripBytes, panel += kStepBytes) {
+    __builtin_prefetch(panel + ahead, 0, 2);
+    __builtin_prefetch(panel + ahead + kStepBytes / 2, 0, 2);
     Weights::template step<kRows>(sums, strip, panel);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
