@@ -17,7 +17,7 @@
 namespace STAFFETTA_ISA {
 
 constexpr int64_t kBlockStrips = 192 / kLinearRows;   // rows of a block: their part of K stays in the second cache
-constexpr int64_t kGroupPanels = 8;                   // panels that one thread takes at once, at most
+constexpr int64_t kGroupPanels = 16;                  // panels that one thread takes at once, at most
 constexpr int64_t kSerialWork = int64_t{1} << 18;     // multiply-adds that are not worth waking a thread for
 
 // One call: what is the same for every panel and strip.
@@ -192,7 +192,9 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const size_t strip_bytes = static_cast<size_t>(x.rows) * call.steps * Weights::kStripBytes;
   call.strips = static_cast<char*>(workspace(Scratch::kShared, strip_bytes + x.rows * sizeof(float)));
   call.row_scales = reinterpret_cast<float*>(call.strips + strip_bytes);
-  const int64_t group = most(1, least(kGroupPanels, call.num_panels / (threads * 4)));
+  // Every group reads all strips: few groups where strips are many, more where threads may come late.
+  const int64_t groups_per_thread = call.num_strips > kBlockStrips ? 1 : 4;
+  const int64_t group = most(1, least(kGroupPanels, call.num_panels / (threads * groups_per_thread)));
   const int64_t block_rows = least(x.rows, kBlockStrips * kLinearRows);
   const size_t carry_bytes = static_cast<size_t>(group * block_rows * kPanel) * 4;
   const size_t row_bytes = kLinearRows * scratch_row(w.inputs) * sizeof(float);
