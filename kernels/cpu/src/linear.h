@@ -199,12 +199,18 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const size_t carry_bytes = static_cast<size_t>(group * block_rows * kPanel) * 4;
   const size_t row_bytes = kLinearRows * scratch_row(w.inputs) * sizeof(float);
   const bool is_small = x.rows * w.inputs * out.columns < kSerialWork;
+  const size_t scratch_bytes = row_bytes > carry_bytes ? row_bytes : carry_bytes;
+  const bool is_short = call.num_strips <= 2;  // packed before threads wake: it is not worth a barrier
+  for (int64_t strip = 0; is_short && strip < call.num_strips; ++strip)
+    pack_strip<Weights>(call, strip, static_cast<float*>(workspace(Scratch::kPrivate, scratch_bytes)));
 #pragma omp parallel num_threads(threads) if (threads > 1 && !is_small)
   {
-    char* scratch = static_cast<char*>(workspace(Scratch::kPrivate, row_bytes > carry_bytes ? row_bytes : carry_bytes));
+    char* scratch = static_cast<char*>(workspace(Scratch::kPrivate, scratch_bytes));
+    if (!is_short) {
 #pragma omp for schedule(static)
-    for (int64_t strip = 0; strip < call.num_strips; ++strip)
-      pack_strip<Weights>(call, strip, reinterpret_cast<float*>(scratch));
+      for (int64_t strip = 0; strip < call.num_strips; ++strip)
+        pack_strip<Weights>(call, strip, reinterpret_cast<float*>(scratch));
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t first = 0; first < call.num_panels; first += group)
       compute_panels<Weights>(call, first, least(first + group, call.num_panels), scratch);
