@@ -7,6 +7,7 @@ same ones.
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,10 +33,11 @@ def load_runner(
     num_blocks: int,
     threads: int,
     device: str,
-    layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
+    quantization: Literal["none", "int8"] = "none",
 ) -> "ModelRunner":
     """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
 
+    `quantization` int8 makes 8-bit integers of the layers' linear weights at load, and of activations row by row.
     Computes on `threads` threads, and sets the process's number for torch's own operations to that. Raises
     ModelRefusedError or ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of
     the wrong size.
@@ -45,9 +47,8 @@ def load_runner(
     torch.set_num_threads(threads)
     weights = load_weights(directory, tensor_shapes(config), dtype=layout.groups[0].dtype)
     backend = select(device, threads=threads)
-    return ModelRunner(
-        config, weights, backend, layout=layout, pool=pool, num_blocks=num_blocks, layers_stored=layers_stored
-    )
+    stored = WeightFormat(quantization)
+    return ModelRunner(config, weights, backend, layout=layout, pool=pool, num_blocks=num_blocks, layers_stored=stored)
 
 
 class ModelRunner:

@@ -125,6 +125,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
         num_blocks=num_blocks,
         threads=config.threads or len(os.sched_getaffinity(0)),
         device="cpu",
+        quantization=config.quantization,
     )
     max_model_len = min(
         config.max_model_len or model_config.max_position_embeddings,

@@ -54,7 +54,7 @@ def make_runner(dtype: KVDtype, stored: WeightFormat, *, threads: int) -> Counti
             num_blocks=NUM_BLOCKS,
             threads=threads,
             device="cpu",
-            layers_stored=stored,
+            quantization=stored.value,
         )
     )
 

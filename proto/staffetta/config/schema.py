@@ -57,6 +57,9 @@ class WorkerConfig(ModelConfig):
     advertise: str = setting("", "host:port that peers dial; empty means the listening address", form="address")
     gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with", form="address")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
+    quantization: Literal["none", "int8"] = setting(
+        "none", "int8 makes 8-bit integers of linear weights at load, and of activations token by token"
+    )
     threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
     block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks in the pool; 0 derives it from kv_memory")
@@ -141,6 +144,9 @@ class ServeConfig(ModelConfig):
         16, "uncached prompt tokens up to which decode prefills on its own; 16 is one block"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
+    quantization: Literal["none", "int8"] = setting(
+        "none", "int8 makes 8-bit integers of linear weights at load, and of activations token by token"
+    )
     threads: int = setting(0, "threads per worker; 0 shares the cores out")
     block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks of each worker; 0 derives it from kv_memory")
