@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from prefill_svc.announcing import Announcer
 from prefill_svc.servicer import PrefillServicer
 from staffetta.config.schema import PrefillConfig
 from staffetta.rpc.server import RpcServer
@@ -17,8 +18,13 @@ class PrefillService:
     def __init__(self, worker: Worker, config: PrefillConfig) -> None:
         self._worker = worker
         self._exporters = open_exporters(worker.rank)
+        self._announcer = Announcer(worker.rank)
         self._servicer = PrefillServicer(
-            worker.rank, self._exporters, max_requests=config.max_requests, heartbeat_s=config.heartbeat_s
+            worker.rank,
+            self._announcer,
+            self._exporters,
+            max_requests=config.max_requests,
+            heartbeat_s=config.heartbeat_s,
         )
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -29,13 +35,13 @@ class PrefillService:
     def start(self) -> None:
         """Starts the engine and the lease sweep."""
         self._worker.rank.start(
-            source=None, on_output=self._servicer.on_output, on_failure=self._worker.on_engine_failure
+            source=None, on_output=self._announcer.on_output, on_failure=self._worker.on_engine_failure
         )
-        self._sweeping = asyncio.create_task(self._servicer.sweep_leases(), name="lease-sweep")
+        self._sweeping = asyncio.create_task(self._announcer.sweep_leases(), name="lease-sweep")
 
     def num_requests(self) -> int:
         """Hand-offs that have not ended."""
-        return self._servicer.num_requests()
+        return self._announcer.num_handoffs()
 
     def num_sessions(self) -> int:
         """Decode workers connected."""
@@ -68,7 +74,7 @@ class PrefillService:
         """Ends the sweep, the checksum thread and the exporters."""
         if self._sweeping is not None:
             self._sweeping.cancel()
-        await asyncio.to_thread(self._servicer.close)
+        await asyncio.to_thread(self._announcer.close)
         for exporter in self._exporters:
             await asyncio.to_thread(exporter.close)
 

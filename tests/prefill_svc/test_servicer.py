@@ -12,7 +12,8 @@ import pytest
 from kvtransfer.checksum import head_checksums
 from kvtransfer.layout import BlockId
 from kvtransfer.ticket import TicketBook, TicketVerdict
-from prefill_svc import servicer
+from prefill_svc import announcing
+from prefill_svc import handoff as handoff_module
 from prefill_svc.main import PrefillService
 from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError
 from staffetta.hashing import BlockHasher
@@ -162,7 +163,7 @@ def test_blocks_that_the_reader_holds_are_not_announced(num_tokens: int, num_hel
 @in_loop
 async def test_many_blocks_are_announced_in_messages_below_the_bound() -> None:
     async with prefill_worker() as worker, reader_of(worker) as reader:
-        worker.service._servicer._blocks_per_message = 2  # type: ignore[attr-defined]
+        worker.service._announcer._blocks_per_message = 2  # type: ignore[attr-defined]
         handoff_id = await reader.start(make_prompt(100))
         events = await reader.until(handoff_id, "last", "first_token")
         sizes = [len(event.chunk_ready.blocks) for event in events if event.HasField("chunk_ready")]
@@ -171,7 +172,7 @@ async def test_many_blocks_are_announced_in_messages_below_the_bound() -> None:
 
 @in_loop
 async def test_many_first_tokens_of_one_step_are_split_over_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer, "EVENTS_PER_MESSAGE", 1)
+    monkeypatch.setattr(handoff_module, "EVENTS_PER_MESSAGE", 1)
     async with prefill_worker() as worker, reader_of(worker) as reader:
         ids = [await reader.start(make_prompt(3, seed=seed)) for seed in range(6)]
         for handoff_id in ids:
@@ -361,7 +362,7 @@ async def test_a_session_that_breaks_frees_everything_it_had() -> None:
 
 @in_loop
 async def test_blocks_that_nobody_reads_are_freed_when_their_lease_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer, "LEASE_SWEEP_S", 0.01)
+    monkeypatch.setattr(announcing, "LEASE_SWEEP_S", 0.01)
     async with prefill_worker() as worker, reader_of(worker) as reader:
         short = await reader.start(make_prompt(50, seed=1), lease_s=0.05)
         long = await reader.start(make_prompt(50, seed=2), lease_s=30.0)
@@ -379,11 +380,11 @@ async def test_blocks_that_nobody_reads_are_freed_when_their_lease_ends(monkeypa
 
 @in_loop
 async def test_a_sign_of_life_renews_leases_up_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer, "LEASE_SWEEP_S", 0.01)
+    monkeypatch.setattr(announcing, "LEASE_SWEEP_S", 0.01)
     async with prefill_worker() as worker, reader_of(worker) as reader:
         handoff_id = await reader.start(make_prompt(50, seed=1), lease_s=30.0)
         await reader.until(handoff_id, "last", "first_token")
-        handoff = cast(PrefillService, worker.service)._servicer._handoffs[handoff_id]
+        handoff = cast(PrefillService, worker.service)._announcer._handoffs[handoff_id]
         before = handoff.lease_ends
         await reader.send(heartbeat=common_pb2.Heartbeat())
         await until(lambda: handoff.lease_ends > before)
