@@ -17,12 +17,12 @@ import secrets
 import time
 from collections import defaultdict
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 import grpc.aio
 
+from decode_svc.active import ActiveRequest, GatewaySession, Pipe
 from decode_svc.source import HandoffSource, Route
 from engine.request import (
     FinishReason,
@@ -43,58 +43,15 @@ from staffetta.errors import (
     StaffettaError,
 )
 from staffetta.rpc.session import SessionPipe
-from staffetta.rpc.status import failure_of, public_error
+from staffetta.rpc.status import public_error
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 from worker.admission import PromptParts
-from worker.codec import finish_reason_to_proto, sampling_from_proto, token_to_proto
+from worker.codec import sampling_from_proto, token_to_proto
 from worker.pairing import check_protocol
 from worker.rank import Rank
 from worker.sessions import serve_session
 
 log = logging.getLogger(__name__)
-
-EVENTS_PER_MESSAGE = 64
-"""64 events with 20 alternatives for each token stay below the message bound."""
-
-_Pipe = SessionPipe[decode_pb2.DecodeSessionRequest, decode_pb2.DecodeSessionResponse]
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    """One gateway's stream."""
-
-    session_id: str
-    gateway_id: str
-    pipe: _Pipe
-    request_ids: set[RequestId] = field(default_factory=set)
-
-    def send(self, events: list[decode_pb2.SequenceEvent]) -> None:
-        for first in range(0, len(events), EVENTS_PER_MESSAGE):
-            step = decode_pb2.StepEvents(events=events[first : first + EVENTS_PER_MESSAGE])
-            self.pipe.send(decode_pb2.DecodeSessionResponse(step=step))
-
-
-@dataclass(slots=True, eq=False)
-class _Active:
-    """One request that has not ended. Times are monotonic."""
-
-    session: _Session
-    start: decode_pb2.StartRequest
-    started_at: float
-    prompt: PromptParts | None = None
-    first_token_at: float | None = None
-    handed_over: SampledToken | None = None
-    """The token that a hand-off brought and that was sent at once."""
-
-    def unsent(self, tokens: tuple[SampledToken, ...]) -> list[common_pb2.Token]:
-        """`tokens` without the one sent already: the engine draws it again if the hand-off was given up meanwhile."""
-        sent = self.handed_over
-        return [token_to_proto(token) for token in tokens if sent is None or token.index != sent.index]
-
-    def contradicts(self, tokens: tuple[SampledToken, ...]) -> bool:
-        """Whether the engine drew another token where one was sent already: what follows would not fit the client's."""
-        sent = self.handed_over
-        return sent is not None and any(t.index == sent.index and t.token_id != sent.token_id for t in tokens)
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -106,8 +63,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_running_loop()
         self._arrivals = count()
-        self._sessions: set[_Session] = set()
-        self._active: dict[RequestId, _Active] = {}
+        self._sessions: set[GatewaySession] = set()
+        self._active: dict[RequestId, ActiveRequest] = {}
         self._source: HandoffSource | None = None
         self._is_draining = False
 
@@ -127,7 +84,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request_iterator: object, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> None:
         """Serves one gateway until its stream ends; then cancels everything it had."""
-        pipe: _Pipe = SessionPipe(context.read, context.write, heartbeat_s=self._heartbeat_s)
+        pipe: Pipe = SessionPipe(context.read, context.write, heartbeat_s=self._heartbeat_s)
         await serve_session(
             pipe,
             context,
@@ -137,7 +94,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             close=self._close,
         )
 
-    async def _open(self, pipe: _Pipe) -> _Session:
+    async def _open(self, pipe: Pipe) -> GatewaySession:
         first = await pipe.receive()
         if first is None or first.WhichOneof("command") != "open":
             raise ProtocolError("the first message of a session must open it")
@@ -148,7 +105,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 f"model_digest is {first.open.model_digest} at the gateway and {ours} here; give both the same model"
             )
         pipe.expect_heartbeats(first.open.heartbeat_s)
-        session = _Session(secrets.token_hex(16), first.open.gateway_id, pipe)
+        session = GatewaySession(secrets.token_hex(16), first.open.gateway_id, pipe)
         self._sessions.add(session)
         opened = decode_pb2.DecodeSessionOpened(
             session_id=session.session_id,
@@ -161,14 +118,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         log.info("session %s opened by gateway %s", session.session_id, session.gateway_id)
         return session
 
-    def _close(self, session: _Session) -> None:
+    def _close(self, session: GatewaySession) -> None:
         self._sessions.discard(session)
         for request_id in tuple(session.request_ids):
             self._forget(request_id)
             self._cancel(request_id)
         log.info("session %s of gateway %s ended", session.session_id, session.gateway_id)
 
-    async def _consume(self, session: _Session) -> None:
+    async def _consume(self, session: GatewaySession) -> None:
         while (message := await session.pipe.receive()) is not None:
             match message.WhichOneof("command"):
                 case "start":
@@ -196,11 +153,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     # From the gateway to the engine
 
-    def _start(self, session: _Session, start: decode_pb2.StartRequest) -> None:
+    def _start(self, session: GatewaySession, start: decode_pb2.StartRequest) -> None:
         request_id = RequestId(start.request_id)
         if request_id in self._active:
             raise ProtocolError(f"request {request_id} was started twice")
-        active = _Active(session, start, time.monotonic())
+        active = ActiveRequest(session, start, time.monotonic())
         self._active[request_id] = active
         session.request_ids.add(request_id)
         route = Route(
@@ -221,7 +178,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         self._admit_when_complete(request_id, active)
 
-    def _append(self, session: _Session, part: decode_pb2.AppendPrompt) -> None:
+    def _append(self, session: GatewaySession, part: decode_pb2.AppendPrompt) -> None:
         request_id = RequestId(part.request_id)
         active = self._active.get(request_id)
         if active is None or active.session is not session or active.prompt is None:
@@ -233,7 +190,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         self._admit_when_complete(request_id, active)
 
-    def _admit_when_complete(self, request_id: RequestId, active: _Active) -> None:
+    def _admit_when_complete(self, request_id: RequestId, active: ActiveRequest) -> None:
         if active.prompt is None or not active.prompt.is_complete:
             return
         start = active.start
@@ -256,7 +213,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         if (error := added.exception()) is not None:
             self._fail(request_id, error)
 
-    def _grant(self, session: _Session, grant: decode_pb2.Grant) -> None:
+    def _grant(self, session: GatewaySession, grant: decode_pb2.Grant) -> None:
         request_id = RequestId(grant.request_id)
         if request_id in session.request_ids:
             self._rank.engine_thread.submit(lambda engine: engine.grant(request_id, grant.tokens))
@@ -285,7 +242,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             active.session.send([event])
 
     def _dispatch(self, output: StepOutput) -> None:
-        events: dict[_Session, list[decode_pb2.SequenceEvent]] = defaultdict(list)
+        events: dict[GatewaySession, list[decode_pb2.SequenceEvent]] = defaultdict(list)
         for sequence in output.outputs:
             active = self._active.get(sequence.request_id)
             if active is None:
@@ -305,50 +262,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         for session, session_events in events.items():
             session.send(session_events)
 
-    def _ending(self, active: _Active, sequence: SequenceOutput) -> decode_pb2.SequenceEvent:
-        """The request's last event; afterwards it is forgotten here."""
-        record = self._forget(sequence.request_id).record
-        event = decode_pb2.SequenceEvent(
-            request_id=sequence.request_id,
-            tokens=active.unsent(sequence.tokens),
-            finish_reason=finish_reason_to_proto(sequence.finish_reason),
-            summary=decode_pb2.SequenceSummary(
-                handoff=common_pb2.HandoffReport(
-                    prefill_worker=record.prefill_worker,
-                    decode_worker=self._rank.identity.worker_id,
-                    transport=record.transport,
-                    handoff_bytes=record.num_bytes,
-                    handoff_blocks=record.num_blocks,
-                    failed_handoffs=record.num_failed,
-                    prefill_cached_tokens=record.prefill_cached_tokens,
-                )
-            ),
-        )
-        if sequence.error is not None:
-            event.failure.CopyFrom(failure_of(sequence.error))
-        if (stats := sequence.stats) is not None:
-            event.summary.cached_tokens = stats.num_cached_tokens
-            event.summary.num_preemptions = stats.num_preemptions
-            event.summary.recomputed_tokens = stats.num_recomputed_tokens
-            event.summary.handoff.locally_prefilled_tokens = stats.num_local_prompt_tokens
-        queue_s = record.prefill_queue_s or (stats.queue_s if stats is not None else 0.0)
-        event.summary.timings.CopyFrom(self._timings(active, queue_s=queue_s, landed_at=record.landed_at))
-        return event
-
-    def _timings(self, active: _Active, *, queue_s: float, landed_at: float | None) -> common_pb2.PhaseTimings:
-        """Splits the time since the request started into phases that add up to it."""
-        now = time.monotonic()
-        first_token_at = now if active.first_token_at is None else active.first_token_at
-        to_first_s = first_token_at - active.started_at
-        queue_s = min(queue_s, to_first_s)
-        transfer_s = 0.0 if landed_at is None else min(max(0.0, landed_at - first_token_at), now - first_token_at)
-        return common_pb2.PhaseTimings(
-            queue_s=queue_s,
-            prefill_s=to_first_s - queue_s,
-            transfer_s=transfer_s,
-            decode_s=now - first_token_at - transfer_s,
-        )
-
     # Endings
 
     def _fail(self, request_id: RequestId, error: BaseException) -> None:
@@ -359,6 +272,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         active = self._active.get(request_id)
         if active is not None:
             active.session.send([self._ending(active, ended)])
+
+    def _ending(self, active: ActiveRequest, sequence: SequenceOutput) -> decode_pb2.SequenceEvent:
+        """The request's last event; afterwards it is forgotten here."""
+        record = self._forget(sequence.request_id).record
+        return active.ending(sequence, record, decode_worker=self._rank.identity.worker_id)
 
     def _forget(self, request_id: RequestId) -> Route:
         active = self._active.pop(request_id)

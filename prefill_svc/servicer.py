@@ -1,4 +1,4 @@
-"""Serves `PrefillService`: one session per decode worker carries prompts in, and first tokens and blocks' notices out.
+"""Serves `PrefillService`: one session per decode worker carries prompts in, and first tokens and chunks out.
 
 The life of a hand-off, seen from here:
 

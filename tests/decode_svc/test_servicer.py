@@ -6,7 +6,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from decode_svc import servicer
+from decode_svc import active
 from decode_svc.servicer import DecodeServicer
 from engine.request import FinishReason, RequestId, SampledToken, SequenceOutput, StepOutput
 from staffetta.errors import Code, IncompatiblePeerError, ProtocolError, StaffettaError
@@ -237,7 +237,7 @@ async def test_an_ending_tells_what_preemption_cost() -> None:
 
 @in_loop
 async def test_many_events_of_one_step_are_split_over_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servicer, "EVENTS_PER_MESSAGE", 2)
+    monkeypatch.setattr(active, "EVENTS_PER_MESSAGE", 2)
     async with decode_worker(**ALONE) as decode, client_of(decode) as client:
         answers = [client.start(make_prompt(5, seed=seed)) for seed in range(5)]
         for answer in answers:
