@@ -6,7 +6,8 @@
                      ▼
              QUARANTINED (a read may still touch the blocks) ──▶ FREED
 
-The decode worker leads and reads; the prefill worker never writes here. A chunk's bytes count only as `VerifiedBlock`s.
+The decode worker leads and reads; the prefill worker never writes here. How a chunk is read and verified is told in
+`reading`; its bytes count only as `VerifiedBlock`s.
 The destination blocks belong to the read until its future resolves: only then is `KVQuiesced` reported.
 """
 
@@ -15,26 +16,22 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
+from decode_svc.reading import PROGRESS_CHECK_S, ChunkReader, Grant, Peer
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady
 from engine.request import FinishReason, Request, SampledToken
 from kvtransfer.layout import BlockId, KVGroup
-from kvtransfer.manifest import BlockEntry, VerifiedBlock, verify
 from kvtransfer.memory import PoolMemory
-from kvtransfer.transport import BlockRead
 from staffetta import failpoint
 from staffetta.errors import CorruptBlockError, HandoffFailedError, ProtocolError, StaffettaError
 from staffetta.hashing import BlockHash
 from staffetta.v1 import prefill_pb2
-from worker.codec import entry_from_proto, finish_reason_from_proto, token_from_proto
+from worker.codec import finish_reason_from_proto, token_from_proto
 
 log = logging.getLogger(__name__)
-
-PROGRESS_CHECK_S = 0.25
 
 
 class HandoffState(Enum):
@@ -62,38 +59,6 @@ class HandoffRecord:
     prefill_queue_s: float = 0.0
     first_token_at: float | None = None
     landed_at: float | None = None
-
-
-class Peer(Protocol):
-    """The prefill worker of an attempt, as the attempt sees it."""
-
-    worker_id: str
-
-    @property
-    def transport(self) -> str:
-        """The transport in use."""
-
-    def last_progress(self) -> float:
-        """Monotonic time at which the peer last showed that its engine advances."""
-
-    def read(self, ticket: bytes, reads: list[BlockRead]) -> "Future[int]":
-        """Starts reading blocks; resolves when nothing touches the local ones any more."""
-
-    def last_read(self) -> float:
-        """Monotonic time at which a read of the peer's session last ended."""
-
-    def cut(self) -> None:
-        """Ends the transport's endpoint, and with it every read under way."""
-
-    def release(self, handoff_id: str) -> None:
-        """Tells the peer that its blocks are no longer needed; idempotent."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Grant:
-    block_ids: tuple[BlockId, ...]
-    first_block_index: int
-    chain_hashes: tuple[BlockHash, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -130,12 +95,19 @@ class Handoff:
     _stopped: "asyncio.Future[StaffettaError | None]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
-    _grant: _Grant | None = None
+    _grant: Grant | None = None
     _is_announced: bool = False
     _has_first_token: bool = False
-    _num_bytes: int = 0
-    _num_blocks: int = 0
-    _reads: "set[Future[int]]" = field(default_factory=set)
+    _reader: ChunkReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = ChunkReader(
+            self.peer,
+            self.memory,
+            self.group,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            timeout_s=self.timeout_s,
+        )
 
     # What happens to the attempt
 
@@ -174,7 +146,7 @@ class Handoff:
         self, *, block_ids: tuple[BlockId, ...], first_block_index: int, chain_hashes: tuple[BlockHash, ...]
     ) -> None:
         """The engine leased the blocks to read into."""
-        self._grant = _Grant(block_ids, first_block_index, chain_hashes)
+        self._grant = Grant(block_ids, first_block_index, chain_hashes)
         self._news.set()
 
     def stop(self, error: StaffettaError | None) -> None:
@@ -212,7 +184,7 @@ class Handoff:
             chunk, grant = await self._next_chunk()
             self.state = HandoffState.PULLING
             failpoint.hit("handoff.pulling")
-            num_landed = await self._pull(chunk, grant, num_landed)
+            num_landed = await self._reader.pull(chunk, grant, num_landed)
             if num_landed != chunk.num_ready_tokens or (num_landed == num_prompt_tokens) is not chunk.is_last:
                 raise ProtocolError(
                     f"a chunk was announced up to token {chunk.num_ready_tokens} (last: {chunk.is_last}) and reached "
@@ -223,14 +195,14 @@ class Handoff:
             self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
         self.record.landed_at = time.monotonic()
         self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
-        self.record.num_bytes, self.record.num_blocks = self._num_bytes, self._num_blocks
+        self.record.num_bytes, self.record.num_blocks = self._reader.num_bytes, self._reader.num_blocks
         while not self._has_first_token:
             await self._wait_for_news()
         self.ended_in = self.state = HandoffState.COMMITTED
         self.post(KVLanded(self.attempt_id, num_landed, is_last=True))
         failpoint.hit("handoff.committed")
 
-    async def _next_chunk(self) -> tuple[prefill_pb2.ChunkReady, _Grant]:
+    async def _next_chunk(self) -> tuple[prefill_pb2.ChunkReady, Grant]:
         while not self._chunks:
             await self._wait_for_news()
         while self._grant is None:
@@ -254,68 +226,6 @@ class Handoff:
                         f"{self.peer.worker_id} made no progress for {quiet_s:.1f} s, the limit is {self.timeout_s:g} s"
                     ) from None
 
-    async def _pull(self, chunk: prefill_pb2.ChunkReady, grant: _Grant, num_landed: int) -> int:
-        """Reads and verifies one chunk; returns the new contiguous frontier, in tokens."""
-        entries = [entry_from_proto(entry) for entry in chunk.blocks]
-        first = num_landed // self.group.block_size
-        first_local = first - grant.first_block_index
-        if not 0 <= first_local <= len(grant.block_ids) - len(entries):
-            raise ProtocolError(f"a chunk of {len(entries)} blocks at index {first} does not fit the granted blocks")
-        local_ids = grant.block_ids[first_local : first_local + len(entries)]
-        read = self.peer.read(
-            chunk.ticket,
-            [BlockRead(entry.block_id, local_id) for entry, local_id in zip(entries, local_ids, strict=True)],
-        )
-        self._reads.add(read)
-        await self._wait_for_read(read)
-        num_bytes = read.result()
-        self._reads.discard(read)
-        verified = await asyncio.to_thread(self._verify, entries, local_ids, first, grant)
-        self._spoil_if_asked(verified)
-        self._num_bytes += num_bytes
-        self._num_blocks += len(verified)
-        return num_landed + sum(block.entry.num_tokens for block in verified)
-
-    async def _wait_for_read(self, read: "Future[int]") -> None:
-        """Waits for a read. Raises HandoffFailedError when for `timeout_s` no read of the whole session has ended."""
-        started = time.monotonic()
-        settled = _settled(read)
-        while not (await asyncio.wait({settled}, timeout=PROGRESS_CHECK_S))[0]:
-            quiet_s = time.monotonic() - max(started, self.peer.last_read())
-            if quiet_s > self.timeout_s:
-                raise HandoffFailedError(f"no read from {self.peer.worker_id} has ended for {quiet_s:.1f} s")
-
-    def _verify(
-        self, entries: list[BlockEntry], local_ids: tuple[BlockId, ...], first: int, grant: _Grant
-    ) -> list[VerifiedBlock]:
-        """Checks every block against what this side expects at its place. Worker thread; the blocks are leased."""
-        block_size = self.group.block_size
-        num_prompt_tokens = len(self.request.prompt_token_ids)
-        verified: list[VerifiedBlock] = []
-        for offset, (entry, local_id) in enumerate(zip(entries, local_ids, strict=True)):
-            index = first + offset
-            num_tokens = min(block_size, num_prompt_tokens - index * block_size)
-            is_full = num_tokens == block_size
-            verified.append(
-                verify(
-                    entry,
-                    self.memory.block(local_id),
-                    self.group,
-                    block_id=local_id,
-                    expected_index=index,
-                    expected_num_tokens=num_tokens,
-                    expected_chain_hash=grant.chain_hashes[index - grant.first_block_index] if is_full else None,
-                )
-            )
-        return verified
-
-    def _spoil_if_asked(self, blocks: list[VerifiedBlock]) -> None:
-        """Zeroes pulled KV when a test asks for it: the answers must then be wrong."""
-        if failpoint.is_on("handoff.zero_pulled_kv"):
-            for block in blocks:
-                page = self.memory.block(block.block_id)
-                page[:] = bytes(len(page))
-
     # Endings
 
     def _end(self, error: StaffettaError | None) -> None:
@@ -335,29 +245,12 @@ class Handoff:
         self.post(KVFailed(self.attempt_id, final))
 
     async def _quiesce(self) -> None:
-        """Waits for outstanding reads; past the deadline the endpoint is torn down, which ends them."""
+        """Waits until no read touches the granted blocks any more, and tells the engine so."""
         if self.state is HandoffState.COMMITTED:
             return
-        if outstanding := {read for read in self._reads if not read.done()}:
+        if outstanding := self._reader.outstanding():
             self.state = HandoffState.QUARANTINED
-            waiting = {_settled(read) for read in outstanding}
-            _, late = await asyncio.wait(waiting, timeout=self.timeout_s)
-            if late:
-                self.peer.cut()
-                await asyncio.wait(late)
+            await self._reader.quiesce(outstanding)
         self.state = HandoffState.FREED
         if self._grant is not None:
             self.post(KVQuiesced(self.attempt_id))
-
-
-def _settled(read: "Future[int]") -> "asyncio.Future[None]":
-    """A future of the running loop that resolves when `read` has, whatever came of it."""
-    loop = asyncio.get_running_loop()
-    settled: asyncio.Future[None] = loop.create_future()
-    read.add_done_callback(lambda _: loop.call_soon_threadsafe(_resolve, settled))
-    return settled
-
-
-def _resolve(settled: "asyncio.Future[None]") -> None:
-    if not settled.done():
-        settled.set_result(None)
