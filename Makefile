@@ -8,7 +8,7 @@ PROTOS := $(wildcard proto/staffetta/v1/*.proto)
 STAMP  := $(VENV)/.installed
 KERNELS := kernels/cpu/build/libstaffetta_cpu.so
 
-.PHONY: setup run test check proto proto-check
+.PHONY: setup run test same-tokens check proto proto-check
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -33,6 +33,10 @@ run: setup ## Starts gateway, prefill and decode with the embedded model, and st
 
 test: setup ## Runs the tests
 	@$(BIN)/python -m pytest
+
+same-tokens: setup ## Proves that tokens and log-probabilities have the same bits in every way a request can run
+	@seed=$${SEED:-$$(shuf -i 1-1000000 -n 1)}; echo "seed $$seed"; \
+	  $(BIN)/python -m tests.same_tokens.system --full --seed $$seed
 
 check: setup proto-check ## Lint, security rules, formatting, strict types, layering
 	@$(BIN)/ruff check .

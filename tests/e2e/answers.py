@@ -40,3 +40,5 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     handoff: Handoff
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """Token ids and log-probabilities of each token's likeliest alternatives; empty where a door does not read them."""

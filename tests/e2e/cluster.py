@@ -40,7 +40,7 @@ class Cluster:
 
     def __init__(self, *flags: str, environ: Mapping[str, str] | None = None) -> None:
         self.flags = flags
-        self._environ = dict(environ or {})
+        self.environ = dict(environ or {})
         self.ready: dict[str, Any] = {}
         """What serve said of itself when it was ready."""
         self.start_s = 0.0
@@ -71,7 +71,7 @@ class Cluster:
             stderr=subprocess.PIPE,
             text=True,
             # Every process of this system inherits TMPDIR, and no other one has this value: it finds those left behind.
-            env={**os.environ, **self._environ, "TMPDIR": str(self._directory)},
+            env={**os.environ, **self.environ, "TMPDIR": str(self._directory)},
         )
         assert self.process.stdout is not None and self.process.stderr is not None
         self.log = ServeLog(self.process.stderr)

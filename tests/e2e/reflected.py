@@ -83,6 +83,7 @@ def make_answer(started: Any, deltas: Sequence[Any], finished: Any) -> Answer:
         prompt_tokens=started.prompt_tokens,
         cached_tokens=finished.usage.cached_tokens,
         handoff=Handoff.from_message(finished.handoff),
+        top_logprobs=tuple(tuple((top.token_id, top.logprob) for top in token.top_logprobs) for token in tokens),
     )
 
 
