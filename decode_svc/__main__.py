@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from staffetta.config.environment import let_idle_threads_sleep
 from staffetta.config.load import load_role
 from staffetta.config.schema import DecodeConfig
 from staffetta.exits import run
@@ -11,6 +12,7 @@ from staffetta.exits import run
 def run_decode(argv: Sequence[str]) -> int:
     """Runs until SIGTERM has drained the worker; the exit code. Raises OperatorError."""
     config = load_role(DecodeConfig, argv)
+    let_idle_threads_sleep()
     # Only now: a wrong flag is told at once, not after torch's import.
     from decode_svc.main import main
 

@@ -20,8 +20,10 @@ from engine.request import SampledToken
 from engine.sampler import Draw, sample
 from engine.step import SequenceSlice
 from engine.weights import TORCH_DTYPES, load_weights
-from kernels.backend import Backend, WeightFormat, select
+from kernels.backend import Backend, BackendUnavailableError, WeightFormat, select
 from kvtransfer.layout import KVLayout
+
+__all__ = ["BackendUnavailableError", "ModelRunner", "load_runner"]
 
 
 def load_runner(

@@ -28,6 +28,8 @@ from staffetta.errors import StaffettaError
 REQUEST_ID_KEY: Final = "staffetta.request_id"
 """Where the application put the request's internal id into the scope."""
 KEEP_ALIVE_S: Final = 15.0
+WRITE_TIMEOUT_S: Final = 60.0
+"""How long a client of a stream may leave everything unread: it holds a place and KV blocks meanwhile."""
 BODY_TIMEOUT_S = 30.0
 """How long a body may take to arrive."""
 _COMMENT: Final = b": keep-alive\n\n"
@@ -121,6 +123,8 @@ class GenerateEndpoint:
             ):
                 async for chunk in chunks:
                     await stream.write(b"data: " + _to_json(chunk) + b"\n\n")
+        except ClientGoneError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
             logged = _logged(error, journey)
             if not stream.has_begun:
@@ -166,8 +170,16 @@ class GenerateEndpoint:
 class EventStream:
     """A response whose body is a stream of events. It begins with its first write."""
 
-    def __init__(self, send: Send, extra_headers: dict[str, str], *, keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        send: Send,
+        extra_headers: dict[str, str],
+        *,
+        keep_alive_s: float,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+    ) -> None:
         self._send = send
+        self._write_timeout_s = write_timeout_s
         self._headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -192,14 +204,21 @@ class EventStream:
         self._headers[DECODE_WORKER] = placed.decode_worker
 
     async def write(self, data: bytes) -> None:
-        """Sends `data`; waits while the client does not read."""
+        """Sends `data`; waits while the client does not read. Raises ClientGoneError when it has not for too long."""
         async with self._turn:
-            if not self.has_begun:
-                self._begun.set()
-                raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
-                await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
+                async with asyncio.timeout(self._write_timeout_s):
+                    await self._write(data)
+            except TimeoutError:
+                raise ClientGoneError from None
             self._last_write = asyncio.get_running_loop().time()
+
+    async def _write(self, data: bytes) -> None:
+        if not self.has_begun:
+            self._begun.set()
+            raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def end(self) -> None:
         """Ends the body."""

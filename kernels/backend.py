@@ -43,6 +43,10 @@ class Rotation(NamedTuple):
     positions: Tensor
 
 
+class BackendUnavailableError(RuntimeError):
+    """What a backend computes with is not there, or does not fit this code. The message names the fix."""
+
+
 class WeightFormat(Enum):
     """How a linear layer's weights are stored and multiplied."""
 
@@ -129,8 +133,8 @@ def select(device: str, *, threads: int = 1) -> Backend:
     """Returns the backend for `device`: `cpu`, the compiled kernels, or `cpu-reference`, the specification in torch.
 
     Never one for the other. `threads` is how many the compiled kernels may use; the reference uses torch's. Raises
-    ValueError, naming what there is, for a device nothing computes on, and FileNotFoundError, saying what to do, when
-    the kernels are not built.
+    ValueError, naming what there is, for a device nothing computes on, and BackendUnavailableError, saying what to do,
+    when the kernels are not built.
     """
     if device == "cpu":
         from kernels.cpu.backend import CpuBackend

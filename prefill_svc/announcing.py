@@ -224,8 +224,10 @@ class Announcer:
             await asyncio.sleep(LEASE_SWEEP_S)
             now = self._loop.time()
             for handoff_id, handoff in tuple(self._handoffs.items()):
-                if now > min(handoff.lease_ends, handoff.held_until):
-                    self.fail(handoff_id, _unread(handoff.start.lease_s))
+                if now > handoff.lease_ends:
+                    self.fail(handoff_id, _unread(f"their lease of {handoff.start.lease_s:g} s"))
+                elif now > handoff.held_until:
+                    self.fail(handoff_id, _unread(f"the {self._max_hold_s:g} s for which blocks are held at most"))
 
     def fail_all(self, error: StaffettaError) -> int:
         """Fails every hand-off; returns how many there were."""
@@ -239,5 +241,5 @@ class Announcer:
         self._checksums.shutdown(wait=True)
 
 
-def _unread(lease_s: float) -> HandoffFailedError:
-    return HandoffFailedError(f"the blocks were not read within their lease of {lease_s:g} s")
+def _unread(limit: str) -> HandoffFailedError:
+    return HandoffFailedError(f"the blocks were not read within {limit}")

@@ -26,7 +26,7 @@ def check_pair(ours: common_pb2.WorkerIdentity, theirs: common_pb2.WorkerIdentit
         if here != there:
             raise IncompatiblePeerError(
                 f"{field} is {there} at {theirs.worker_id or 'the peer'} and {here} at {ours.worker_id}; "
-                f"start both with the same model, dtype, block size and cluster key"
+                f"both need the same model, dtype, quantization, block size, cluster key and class of CPU"
             )
 
 

@@ -17,7 +17,7 @@ from engine.cache.source import KVSource
 from engine.engine import Engine, EngineLimits
 from engine.model_config import ModelConfig, resolve_dtype
 from engine.request import StepOutput
-from engine.runner import ModelRunner, load_runner
+from engine.runner import BackendUnavailableError, ModelRunner, load_runner
 from engine.thread import EngineThread
 from kvtransfer.layout import KVLayout
 from kvtransfer.memory import PoolMemory
@@ -117,16 +117,19 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
     pool_bytes = num_blocks * layout.page_bytes
     _check_pool(config, num_blocks=num_blocks, pool_bytes=pool_bytes, page_bytes=layout.page_bytes)
     memory = PoolMemory(num_blocks, layout.page_bytes)
-    runner = load_runner(
-        directory,
-        model_config,
-        layout,
-        pool=memory.buffer,
-        num_blocks=num_blocks,
-        threads=config.threads or len(os.sched_getaffinity(0)),
-        device="cpu",
-        quantization=config.quantization,
-    )
+    try:
+        runner = load_runner(
+            directory,
+            model_config,
+            layout,
+            pool=memory.buffer,
+            num_blocks=num_blocks,
+            threads=config.threads or len(os.sched_getaffinity(0)),
+            device="cpu",
+            quantization=config.quantization,
+        )
+    except BackendUnavailableError as error:
+        raise UsageError("NO_KERNELS", str(error), why="nothing else computes on a CPU", fix="make setup") from error
     max_model_len = min(
         config.max_model_len or model_config.max_position_embeddings,
         model_config.max_position_embeddings,

@@ -23,6 +23,10 @@ from kernels.rope import Rope
 _PANEL = 32
 
 
+_MAX_INT8_INPUTS = (2**31 - 1) // 127**2
+"""Products of two int8 are summed in int32, exactly as long as there are no more of them than this."""
+
+
 class CpuLinear:
     """A linear layer in panels of 32 outputs, with its epilogue. Owns its memory; the given tensors are not kept."""
 
@@ -33,6 +37,8 @@ class CpuLinear:
         outputs, inputs = weight.shape
         if not inputs:
             raise ValueError("a linear layer needs at least one input")
+        if kind is WeightKind.INT8 and inputs > _MAX_INT8_INPUTS:
+            raise ValueError(f"{inputs} inputs overflow the sums of an INT8 layer; up to {_MAX_INT8_INPUTS} fit")
         library, padded = backend.library, -(-outputs // _PANEL) * _PANEL
         self._backend = backend
         self._out_features = outputs if gated_outputs is None else gated_outputs
@@ -89,7 +95,8 @@ class CpuBackend:
     ) -> None:
         """Takes the best instruction set of this machine, or, for tests, one that it has.
 
-        Raises FileNotFoundError when the library is not built, ValueError for a set this machine lacks or no threads.
+        Raises BackendUnavailableError when the library is not built, ValueError for a set this machine lacks or no
+        threads.
         """
         if threads < 1:
             raise ValueError(f"threads is {threads}, needs at least 1")

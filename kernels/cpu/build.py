@@ -15,12 +15,20 @@ def build(directory: Path, *, definitions: tuple[str, ...] = ()) -> Path:
     `definitions` are CMake cache entries, `NAME=value`. Raises FileNotFoundError without CMake, CalledProcessError when
     the compiler refuses; its output has then been shown.
     """
+    _forget_other_source(directory)
     options = [f"-D{definition}" for definition in definitions]
     configure = ["cmake", "-S", str(SOURCE), "-B", str(directory), *options]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 (arguments are our own)
     compile_all = ["cmake", "--build", str(directory), "--parallel"]
     subprocess.run(compile_all, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 (arguments are our own)
     return directory / LIBRARY_PATH.name
+
+
+def _forget_other_source(directory: Path) -> None:
+    """Drops what CMake remembers of a checkout that was copied or moved: it would refuse this one."""
+    cache = directory / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={SOURCE.resolve()}\n" not in cache.read_text():
+        cache.unlink()
 
 
 def main() -> int:

@@ -5,9 +5,6 @@ makes one keeps the tensors alive until the call returns.
 """
 
 import ctypes
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.backend import BackendUnavailableError
 from kernels.cpu import LIBRARY_PATH
 
 ABI_VERSION = 1
@@ -135,32 +133,19 @@ NO_MATRIX = Matrix()
 
 
 def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
-    """Loads the library. Raises FileNotFoundError when it is not built, RuntimeError when it is of another version."""
+    """Loads the library. Raises BackendUnavailableError when it is not built, or not for this code and machine."""
     if not path.exists():
-        raise FileNotFoundError(f"the CPU kernels are not built ({path.name} is missing): run `make setup`")
-    with _passive_waits():
+        raise BackendUnavailableError(f"the CPU kernels are not built ({path.name} is missing): run `make setup`")
+    try:
         library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(f"the CPU kernels ({path.name}) cannot be loaded: run `make setup`") from error
+    if (version := library.staffetta_abi_version()) != ABI_VERSION:
+        raise BackendUnavailableError(f"the CPU kernels have version {version}, not {ABI_VERSION}: run `make setup`")
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, f"staffetta_{name}")
         function.restype, function.argtypes = result, arguments
-    if (version := library.staffetta_abi_version()) != ABI_VERSION:
-        raise RuntimeError(f"the CPU kernels are of version {version}, this code needs {ABI_VERSION}: run `make setup`")
     return library
-
-
-@contextmanager
-def _passive_waits() -> Iterator[None]:
-    """Lets OpenMP's idle threads sleep instead of spin, unless the environment already says how they wait.
-
-    The runtime reads this once, as it is loaded with the first library that needs it.
-    """
-    is_set = "OMP_WAIT_POLICY" in os.environ
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        yield
-    finally:
-        if not is_set:
-            del os.environ["OMP_WAIT_POLICY"]
 
 
 def matrix(tensor: Tensor) -> Matrix:

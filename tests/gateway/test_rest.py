@@ -10,7 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
 from staffetta.v1 import common_pb2, decode_pb2
-from tests.gateway.running import Running, asynchronous, ids_of, running
+from tests.gateway.running import Running, asynchronous, eventually, ids_of, running
 
 HI: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -284,6 +284,8 @@ async def test_a_long_prompt_travels_in_parts_and_arrives_whole(monkeypatch: pyt
     async with running(reply=ids_of("a")) as it:
         response = await it.http.post(PLAIN, json={"prompt": ids, "max_tokens": 1})
         start = await it.worker.starts.get()
+        # The stand-in answers when the first part is there.
+        await eventually(lambda: len(it.worker.prompts[start.request_id]) == len(ids))
     assert response.json()["usage"]["prompt_tokens"] == 2000
     assert (len(start.token_ids), start.num_prompt_tokens) == (300, 2000)
     assert it.worker.prompts[start.request_id] == ids

@@ -35,7 +35,8 @@ bool has_cpuid_bit(unsigned leaf, unsigned subleaf, unsigned Registers::*which, 
   return __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) && (r.*which >> bit & 1);
 }
 
-// Runs f; a lack of memory for scratch becomes a Status, because no exception may cross the C interface.
+// Runs f; a lack of memory for scratch outside a parallel region becomes a Status, because no exception may cross the C
+// interface. None may leave a parallel region either: there it ends the process.
 template <class F>
 int32_t guarded(F f) {
   try {

@@ -146,7 +146,8 @@ inline void soften(const RowBlock& block, int64_t row, int64_t lo, int64_t hi, T
   for (int64_t j = 0; j < lo; ++j) weights[j] = kMinusInfinity;
   for (int64_t j = hi; j < kTile; ++j) weights[j] = kMinusInfinity;
   for (int v = 0; v < kLaneVecs; ++v) lanes[v] = load(weights + v * kWidth);
-  const float before = tiles.split.maximum[row], here = fold_max(lanes), maximum = here > before ? here : before;
+  const float before = tiles.split.maximum[row], here = fold_max(lanes);
+  const float maximum = here > before || here != here ? here : before;  // a NaN must reach the logits, where it is found
   for (int v = 0; v < kLaneVecs; ++v) {
     lanes[v] = exp(sub(lanes[v], splat(maximum)));
     store(weights + v * kWidth, lanes[v]);
@@ -217,7 +218,7 @@ void compute_split(const RowBlock& block, int64_t split, Tiles& tiles) {
 // Joins the partial result of a row's next split to the row's total.
 inline void join(const Running& total, const Running& split, int64_t row, int64_t dim) {
   const float right_maximum = split.maximum[row];
-  if (right_maximum == kMinusInfinity) return;
+  if (split.sum[row] == 0) return;  // no visible key; NaN is not 0
   float *left = total.values + row * dim, *right = split.values + row * dim;
   const float left_maximum = total.maximum[row];
   const float maximum = right_maximum > left_maximum ? right_maximum : left_maximum;

@@ -4,6 +4,7 @@
 // width of the vectors, so all instruction sets compute the same bits. None calls the C library.
 #pragma once
 #include <cstring>
+#include <limits>
 
 #include "abi.h"
 #include "rules.h"
@@ -161,6 +162,7 @@ inline Vec tanh(Vec x) {
 // Natural logarithm of a positive normal float, in double: x = m 2^n with m about 1,
 // ln m = 2 (s + s^3 / 3 + s^5 / 5 ...) with s = (m - 1) / (m + 1), |s| < 0.172; the first dropped term is below 1e-17.
 inline float log(float x) {
+  if (!(x < std::numeric_limits<float>::infinity())) return x;
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   int exponent = static_cast<int>(bits >> 23) - 127;

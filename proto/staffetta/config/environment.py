@@ -1,4 +1,4 @@
-"""The process's environment: the one module of the project that reads it."""
+"""The process's environment: the one module of the project that reads or sets it."""
 
 import os
 from collections.abc import Mapping
@@ -19,3 +19,11 @@ def child_environment(**variables: str) -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return inherited | variables
+
+
+def let_idle_threads_sleep() -> None:
+    """Makes OpenMP's idle threads sleep instead of spin, unless the environment says how they wait.
+
+    The runtime reads this once, when the first library that needs it is loaded: call it before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -14,6 +14,8 @@ Form = Literal["plain", "bytes", "address", "key", "failpoint"]
 MAX_LEASE_S: Final = 600.0
 """The longest lease that a prefill worker grants."""
 
+MAX_HEARTBEAT_S: Final = 60.0
+"""A peer silent for longer than three of these is taken for lost; sessions refuse to wait longer."""
 MIN_PERIOD_S: Final = 0.01
 """The shortest period of what repeats: at 0 it would spin."""
 
@@ -78,7 +80,7 @@ class WorkerConfig(ModelConfig):
     transfer_advertise: str = setting(
         "", "host:port that tcp readers dial; empty means the listening address", form="address"
     )
-    heartbeat_s: float = setting(1.0, "seconds between heartbeats", minimum=MIN_PERIOD_S)
+    heartbeat_s: float = setting(1.0, "seconds between heartbeats", minimum=MIN_PERIOD_S, maximum=MAX_HEARTBEAT_S)
     drain_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
     failpoints: tuple[str, ...] = setting(
         (), "faults to inject, NAME:ACTION:NTH, ACTION kill, stop, raise or on; for tests", form="failpoint"
@@ -109,7 +111,12 @@ class DecodeConfig(WorkerConfig):
     handoff_timeout_s: float = setting(
         10.0, "seconds without progress after which a hand-off is given up", minimum=MIN_PERIOD_S
     )
-    handoff_limit_s: float = setting(300.0, "seconds that one hand-off may take in all, queueing included")
+    handoff_limit_s: float = setting(
+        300.0,
+        "seconds that one hand-off may take in all, queueing included",
+        minimum=MIN_PERIOD_S,
+        maximum=MAX_LEASE_S,
+    )
     max_handoff_attempts: int = setting(3, "hand-offs tried before the request is prefilled here or fails", minimum=1)
     prefill_peers: tuple[str, ...] = setting(
         (), "host:port of prefill workers to dial besides those the gateway names", form="address"
@@ -126,7 +133,9 @@ class GatewayConfig(ModelConfig):
     max_body_bytes: int = setting(4 * 2**20, "bytes of a request body", form="bytes", minimum=1)
     credit_tokens: int = setting(256, "tokens a worker may produce ahead of a client that does not read", minimum=1)
     start_timeout_s: float = setting(30.0, "seconds a request waits for a worker when none is registered")
-    heartbeat_s: float = setting(1.0, "seconds between heartbeats on sessions", minimum=MIN_PERIOD_S)
+    heartbeat_s: float = setting(
+        1.0, "seconds between heartbeats on sessions", minimum=MIN_PERIOD_S, maximum=MAX_HEARTBEAT_S
+    )
     drain_s: float = setting(10.0, "seconds that running requests get to finish after SIGTERM")
 
 

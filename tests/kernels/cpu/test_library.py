@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kernels.backend import BackendUnavailableError
 from kernels.cpu import library
 from kernels.cpu.backend import CpuBackend
 from kernels.cpu.library import InstructionSet, load
 
 
 def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"libgone\.so is missing\): run `make setup`"):
+    with pytest.raises(BackendUnavailableError, match=r"libgone\.so is missing\): run `make setup`"):
         load(tmp_path / "libgone.so")
 
 
