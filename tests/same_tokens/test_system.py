@@ -34,7 +34,7 @@ SETUPS = (
 
 @pytest.fixture(scope="module")
 def requests() -> list[Asked]:
-    return draw_requests(12, seed=6, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    return draw_requests(8, seed=6, max_prompt_tokens=MAX_PROMPT_TOKENS)
 
 
 def failures_of(findings: Sequence[Finding]) -> list[str]:
@@ -45,7 +45,7 @@ def test_requests_cross_attention_tiles_and_are_of_both_kinds(requests: Sequence
     lengths = sorted(len(asked.token_ids) for asked in requests)
     assert lengths[0] == 1
     assert lengths[-1] == MAX_PROMPT_TOKENS
-    assert sum(length > 3 * 64 for length in lengths) >= 4
+    assert sum(length > 3 * 64 for length in lengths) >= 3
     assert {asked.sampling["temperature"] > 0 for asked in requests} == {False, True}
 
 
