@@ -21,15 +21,15 @@ from enum import Enum
 from typing import Any
 
 from decode_svc.reading import PROGRESS_CHECK_S, ChunkReader, Grant, Peer
-from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady
-from engine.request import FinishReason, Request, SampledToken
+from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVQuiesced, KVReady
+from engine.request import Request, SampledToken
 from kvtransfer.layout import BlockId, KVGroup
 from kvtransfer.memory import PoolMemory
 from staffetta import failpoint
 from staffetta.errors import CorruptBlockError, HandoffFailedError, ProtocolError, StaffettaError
 from staffetta.hashing import BlockHash
 from staffetta.v1 import prefill_pb2
-from worker.codec import finish_reason_from_proto, token_from_proto
+from worker.codec import token_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ class Handoff:
     """Bounds the whole attempt, however alive the peer is."""
     post: Callable[[KVEvent], None]
     """Hands an event to the engine thread."""
-    emit: Callable[[SampledToken, FinishReason | None], None]
-    """Sends the first token to the client; must precede its KVFirstToken."""
+    emit: Callable[[tuple[SampledToken, ...]], None]
+    """Sends the first token of each choice to the client; must precede their KVFirstTokens."""
     may_recover: bool
     """Whether the request goes on when this attempt fails."""
 
@@ -89,7 +89,7 @@ class Handoff:
     """The state in which it was committed, failed or given up; None while it runs."""
     has_failed: bool = False
     is_answered: bool = False
-    """Whether the first token was also the request's last, so that nothing needs to land."""
+    """Whether every choice ended with its first token, so that nothing needs to land."""
     _chunks: deque[prefill_pb2.ChunkReady] = field(default_factory=deque)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped: "asyncio.Future[StaffettaError | None]" = field(
@@ -97,7 +97,7 @@ class Handoff:
     )
     _grant: Grant | None = None
     _is_announced: bool = False
-    _has_first_token: bool = False
+    _has_first_tokens: bool = False
     _reader: ChunkReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,27 +119,27 @@ class Handoff:
             self._is_announced = True
             self.post(KVReady(self.attempt_id))
 
-    def on_first_token(self, message: prefill_pb2.FirstToken) -> None:
-        """The first token goes to the client at once, KV in flight or not.
+    def on_first_tokens(self, message: prefill_pb2.FirstTokens) -> None:
+        """The first token of each choice goes to the client at once, KV in flight or not.
 
-        A later attempt's is the same token and goes to the engine alone, which may have missed the earlier: it drops
+        A later attempt's are the same tokens and go to the engine alone, which may have missed the earlier: it drops
         news of an attempt that it has just given up.
         """
-        if message.token.index != self.request.first_token_index:
-            self.stop(ProtocolError(f"the first token came with index {message.token.index}"))
+        wanted = [self.request.first_token_index] * len(self.request.choices)
+        if [token.index for token in message.tokens] != wanted:
+            self.stop(ProtocolError(f"{len(message.tokens)} first tokens came for {len(wanted)} choices"))
             return
-        token = token_from_proto(message.token)
-        finish_reason = finish_reason_from_proto(message.finish_reason)
+        tokens = tuple(token_from_proto(token) for token in message.tokens)
         if self.record.first_token_at is None:
             self.record.first_token_at = time.monotonic()
             self.record.prefill_cached_tokens = message.cached_tokens
             self.record.prefill_queue_s = message.queue_s
-            self.emit(token, finish_reason)
-        if finish_reason is not None:
+            self.emit(tokens)
+        if all(self.request.sampling.finish_reason(token) for token in tokens):
             self.is_answered = True
             self.record.prefill_worker = self.peer.worker_id
-        self._has_first_token = True
-        self.post(KVFirstToken(self.attempt_id, token, finish_reason))
+        self._has_first_tokens = True
+        self.post(KVFirstTokens(self.attempt_id, tokens))
         self._news.set()
 
     def on_granted(
@@ -196,7 +196,7 @@ class Handoff:
         self.record.landed_at = time.monotonic()
         self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
         self.record.num_bytes, self.record.num_blocks = self._reader.num_bytes, self._reader.num_blocks
-        while not self._has_first_token:
+        while not self._has_first_tokens:
             await self._wait_for_news()
         self.ended_in = self.state = HandoffState.COMMITTED
         self.post(KVLanded(self.attempt_id, num_landed, is_last=True))

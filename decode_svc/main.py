@@ -27,7 +27,7 @@ class DecodeService:
             timeout_s=config.handoff_timeout_s,
             limit_s=config.handoff_limit_s,
             lease_s=config.lease_s,
-            on_first_token=self._servicer.on_first_token,
+            on_first_tokens=self._servicer.on_first_tokens,
             wake_engine=lambda: rank.engine_thread.wake(),
         )
         self._servicer.use(self._source)

@@ -103,8 +103,8 @@ class PeerSession:
             match event.WhichOneof("event"):
                 case "chunk_ready":
                     handoff.on_chunk(event.chunk_ready)
-                case "first_token":
-                    handoff.on_first_token(event.first_token)
+                case "first_tokens":
+                    handoff.on_first_tokens(event.first_tokens)
                 case "failed":
                     handoff.stop(error_from_failure(event.failed))
 

@@ -4,7 +4,7 @@ The life of a request, seen from here:
 
 1. `StartRequest` (and `AppendPrompt` for long prompts) arrives; it is validated again and goes to the engine.
 2. The engine prefills it or asks the `HandoffSource`; a first token from a prefill worker leaves through
-   `on_first_token` while its KV is still in flight.
+   `on_first_tokens` while its KV is still in flight.
 3. The output of every step comes back to the event loop and leaves as one message per session.
 4. `Grant` lets it go on, `CancelRequest` or the session's end stops it; exactly one event carries its ending.
 
@@ -232,10 +232,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Takes one step's news. Engine thread."""
         self._loop.call_soon_threadsafe(self._dispatch, output)
 
-    def on_first_token(self, request_id: RequestId, token: SampledToken, finish_reason: FinishReason | None) -> None:
-        """Sends a prefill worker's first token at once. Its ending, if it is one, follows from the engine."""
+    def on_first_tokens(self, request_id: RequestId, tokens: tuple[SampledToken, ...]) -> None:
+        """Sends a prefill worker's first tokens at once. Endings, where one is, follow from the engine."""
         active = self._active.get(request_id)
         if active is not None:
+            (token,) = tokens
             active.first_token_at = time.monotonic()
             active.handed_over = token
             event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[token_to_proto(token)])

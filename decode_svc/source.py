@@ -14,14 +14,14 @@ from decode_svc.decision import PrefillPolicy, choose_prefill
 from decode_svc.handoff import Handoff, HandoffRecord, HandoffState
 from decode_svc.peers import Peers
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVOffer, KVQuiesced
-from engine.request import FinishReason, Request, RequestId, SampledToken
+from engine.request import Request, RequestId, SampledToken
 from kvtransfer.layout import BlockId, KVLayout
 from kvtransfer.memory import PoolMemory
 from staffetta.errors import HandoffFailedError
 from staffetta.hashing import BlockHash
 from staffetta.v1 import common_pb2, control_pb2, prefill_pb2
 
-FirstTokenSink = Callable[[RequestId, SampledToken, FinishReason | None], None]
+FirstTokensSink = Callable[[RequestId, tuple[SampledToken, ...]], None]
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class HandoffSource:
         timeout_s: float,
         limit_s: float,
         lease_s: float,
-        on_first_token: FirstTokenSink,
+        on_first_tokens: FirstTokensSink,
         wake_engine: Callable[[], None],
     ) -> None:
         self._policy = policy
@@ -61,7 +61,7 @@ class HandoffSource:
         self._timeout_s = timeout_s
         self._limit_s = limit_s
         self._lease_s = lease_s
-        self._on_first_token = on_first_token
+        self._on_first_tokens = on_first_tokens
         self._wake_engine = wake_engine
         self._loop = asyncio.get_running_loop()
         self._peers: Peers | None = None
@@ -178,7 +178,7 @@ class HandoffSource:
             timeout_s=self._timeout_s,
             limit_s=self._limit_s,
             post=self._post,
-            emit=lambda token, reason: self._on_first_token(request.request_id, token, reason),
+            emit=lambda tokens: self._on_first_tokens(request.request_id, tokens),
             may_recover=route.may_recover,
         )
         self._attempts[attempt_id] = handoff

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
-from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady, KVSource
+from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVQuiesced, KVReady, KVSource
 from engine.planning import PlannedLease
 from engine.request import FinishReason, RequestId
 from engine.scheduler import Scheduler
@@ -168,8 +168,8 @@ class AwaitingSequences:
                 self._on_ready(attempt)
             case KVLanded():
                 return self._on_landed(attempt, event)
-            case KVFirstToken():
-                return self._on_first_token(attempt, event, now=now)
+            case KVFirstTokens():
+                return self._on_first_tokens(attempt, event, now=now)
             case KVFailed():
                 return self._on_failed(attempt, event)
             case KVQuiesced():
@@ -194,13 +194,14 @@ class AwaitingSequences:
             self._run_if_complete(attempt)
         return None
 
-    def _on_first_token(self, attempt: _Attempt, event: KVFirstToken, *, now: float) -> Ending | None:
+    def _on_first_tokens(self, attempt: _Attempt, event: KVFirstTokens, *, now: float) -> Ending | None:
         sequence = attempt.sequence
-        if event.token.index < sequence.next_output_index:
+        (token,) = event.tokens
+        if token.index < sequence.next_output_index:
             return None  # an earlier attempt brought it
-        if event.token.index > sequence.next_output_index:
+        if token.index > sequence.next_output_index:
             return self._contradiction(attempt, event)
-        reason = sequence.append(event.token, now=now) or event.finish_reason
+        reason = sequence.append(token, now=now)
         if reason is not None:
             # At once, not with the sequence: the same poll may hold more news of this attempt, and an ending is final.
             self.abandon(sequence)

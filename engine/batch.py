@@ -46,7 +46,7 @@ class Batch:
             slots += [part.block_ids[p // block_size] * block_size + p % block_size for p in span]
             query_starts.append(len(token_ids))
             context_lens.append(end)
-            if part.sampling is not None:
+            if part.draw is not None:
                 sample_rows.append(len(token_ids) - 1)
         max_blocks = max((-(-context // block_size) for context in context_lens), default=0)
         tables = [[*part.block_ids[:max_blocks], *[0] * (max_blocks - len(part.block_ids))] for part in slices]

@@ -248,24 +248,22 @@ class Engine:
         """Books what a step brought for one sequence, and makes its output; None when there is nothing to tell."""
         if isinstance(outcome, StepFailedError):
             return self._finish(sequence, FinishReason.ERROR, outcome)
-        reason = None if outcome is None else sequence.append(outcome, now=self._clock())
-        tokens = () if outcome is None else (outcome,)
+        tokens = outcome.tokens
+        reason = sequence.append(tokens[0], now=self._clock()) if tokens else None
         if sequence.is_prefill:
-            return self._report_prefill(sequence, tokens, reason)
+            return self._report_prefill(sequence, tokens)
         if reason is not None:
             return self._finish(sequence, reason, tokens=tokens)
         return SequenceOutput(sequence.request_id, tokens=tokens) if tokens else None
 
-    def _report_prefill(
-        self, sequence: Sequence, tokens: tuple[SampledToken, ...], reason: FinishReason | None
-    ) -> SequenceOutput | None:
+    def _report_prefill(self, sequence: Sequence, tokens: tuple[SampledToken, ...]) -> SequenceOutput | None:
         final_blocks = sequence.new_final_blocks(self._pool)
         if not tokens:
             return SequenceOutput(sequence.request_id, final_blocks=final_blocks) if final_blocks else None
         self._scheduler.remove(sequence)
         sequence.state = SequenceState.HELD
         stats = sequence.stats(now=self._clock())
-        return SequenceOutput(sequence.request_id, tokens, final_blocks, finish_reason=reason, stats=stats)
+        return SequenceOutput(sequence.request_id, tokens=tokens, final_blocks=final_blocks, stats=stats)
 
     def _finish(
         self,
@@ -285,4 +283,4 @@ class Engine:
         sequence.release_blocks()
         sequence.state = SequenceState.FINISHED
         stats = sequence.stats(now=self._clock())
-        return SequenceOutput(sequence.request_id, tokens, finish_reason=reason, error=error, stats=stats)
+        return SequenceOutput(sequence.request_id, tokens=tokens, finish_reason=reason, error=error, stats=stats)

@@ -10,9 +10,9 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstToken, KVLanded, KVOffer, KVQuiesced, KVReady
-from engine.request import FinishReason, Request, RequestId, SampledToken, SamplingParams
-from engine.step import SequenceSlice
+from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVOffer, KVQuiesced, KVReady
+from engine.request import Request, RequestId, SampledToken, SamplingParams
+from engine.step import SequenceSlice, SliceResult
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
 from staffetta.hashing import BlockHash
@@ -73,7 +73,7 @@ class FakeRunner:
         self.failing: set[RequestId] = set()
         self.num_runs = 0
 
-    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         """As `Runner.run`. Raises RuntimeError for a failing request, and when an unwritten slot is read."""
         self.num_runs += 1
         return [self._run_slice(token_slice) for token_slice in slices]
@@ -108,7 +108,7 @@ class FakeRunner:
             for offset in range(self._block_size):
                 self._values[block_id, offset] = b"spoiled"
 
-    def _run_slice(self, token_slice: SequenceSlice) -> SampledToken | None:
+    def _run_slice(self, token_slice: SequenceSlice) -> SliceResult:
         if token_slice.request_id in self.failing:
             raise RuntimeError(f"told to fail for {token_slice.request_id}")
         end = token_slice.start + len(token_slice.token_ids)
@@ -122,9 +122,9 @@ class FakeRunner:
             elif slot not in self._values:
                 raise RuntimeError(f"position {position} of {token_slice.request_id} was never written")
             context.read(self._values[slot])
-        if token_slice.sampling is None:
-            return None
-        return context.draw(token_slice.sampling, token_slice.output_index)
+        if token_slice.draw is None:
+            return SliceResult()
+        return SliceResult((context.draw(token_slice.draw.sampling, token_slice.draw.output_index),))
 
 
 @dataclass(slots=True)
@@ -244,7 +244,7 @@ class FakeSource:
         attempt = self.attempts[attempt_id]
         attempt.has_sent_token = True
         token = expected_tokens(attempt.request)[0]
-        self._tell(KVFirstToken(attempt_id, token, self._finish_reason(attempt.request, token)))
+        self._tell(KVFirstTokens(attempt_id, (token,)))
         return token
 
     def fail(self, attempt_id: AttemptId, error: StaffettaError | None = None) -> None:
@@ -256,12 +256,6 @@ class FakeSource:
         """Ends the reads of an attempt that ended early."""
         self.attempts[attempt_id].is_quiesced = True
         self._tell(KVQuiesced(attempt_id))
-
-    def _finish_reason(self, request: Request, token: SampledToken) -> FinishReason | None:
-        sampling = request.sampling
-        if token.token_id in sampling.stop_token_ids and token.index >= sampling.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if token.index + 1 >= sampling.max_tokens else None
 
     def _tell(self, event: KVEvent) -> None:
         self._events.append(event)

@@ -35,7 +35,9 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep everything. `seed` keys the counter-based random numbers.
     `stop_token_ids` already contains the model's end-of-sequence tokens unless the request ignores them.
-    `num_logprobs` None asks for none, 0 for the chosen token's alone, n for n alternatives as well.
+    `num_logprobs` None asks for none, 0 for the chosen token's alone, n for n alternatives as well;
+    `num_prompt_logprobs` means the same of the prompt's tokens. `repetition_penalty` 1 and the other penalties 0 change
+    nothing; penalties count token ids alone: repetition those of prompt and output, the others those of the output.
     """
 
     temperature: float
@@ -46,6 +48,21 @@ class SamplingParams:
     min_tokens: int
     stop_token_ids: frozenset[int]
     num_logprobs: int | None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    num_prompt_logprobs: int | None = None
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether the choice of a token depends on the tokens before it other than through the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def finish_reason(self, token: "SampledToken") -> FinishReason | None:
+        """Why a choice ends with `token`; None when it goes on."""
+        if token.token_id in self.stop_token_ids and token.index >= self.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if token.index + 1 >= self.max_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +70,10 @@ class Request:
     """One request, as the engine sees it. Immutable; progress lives in the engine's `Sequence`.
 
     `prompt_token_ids` includes tokens generated before a restart, `first_token_index` of them; output positions (and so
-    random numbers, token indices, `max_tokens`, `min_tokens`) go on from there. `credit` is how many tokens may be
-    produced before a grant; None means unbounded. `cache_salt` roots the block-hash chain. `arrival` orders requests of
-    equal `priority`: a counter that only grows.
+    random numbers, token indices, `max_tokens`, `min_tokens`) go on from there. `choices` are the indices of the
+    continuations wanted, rising, at least one; each keys random numbers of its own, and after a restart there is one.
+    `credit` is how many tokens each choice may produce before a grant; None means unbounded. `cache_salt` roots the
+    block-hash chain. `arrival` orders requests of equal `priority`: a counter that only grows.
     """
 
     request_id: RequestId
@@ -67,6 +85,7 @@ class Request:
     priority: int = 0
     credit: int | None = None
     first_token_index: int = 0
+    choices: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +95,16 @@ class SampledToken:
     index: int
     token_id: int
     logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptToken:
+    """A prompt's token with its log-probability, given the tokens before it. Positions count from 0, which has none."""
+
+    position: int
+    token_id: int
+    logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
@@ -112,10 +141,17 @@ class SequenceStats:
 
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
-    """One sequence's news of one step. `stats` is set when it finished (GENERATE) or produced its token (PREFILL)."""
+    """One choice's news of one step. `stats` is set when it finished (GENERATE) or produced its token (PREFILL).
+
+    `tokens` are the choice's next ones; of a PREFILL, which has one output for all, the first of every choice, in the
+    order of the request's choices. `prompt_tokens` follow those of earlier outputs without a gap, from position 1 on;
+    they come with the request's first choice.
+    """
 
     request_id: RequestId
+    choice_index: int = 0
     tokens: tuple[SampledToken, ...] = ()
+    prompt_tokens: tuple[PromptToken, ...] = ()
     final_blocks: tuple[FinalBlock, ...] = ()
     finish_reason: FinishReason | None = None
     error: StaffettaError | None = None

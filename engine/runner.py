@@ -16,9 +16,8 @@ from engine.batch import Batch
 from engine.identity import numerics_digest
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
-from engine.request import SampledToken
-from engine.sampler import Draw, sample
-from engine.step import SequenceSlice
+from engine.sampler import sample
+from engine.step import SequenceSlice, SliceResult
 from engine.weights import TORCH_DTYPES, load_weights
 from kernels.backend import Backend, BackendUnavailableError, WeightFormat, select
 from kvtransfer.layout import KVLayout
@@ -99,7 +98,7 @@ class ModelRunner:
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)
 
     @torch.inference_mode()
-    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         """Computes one step, as `engine.step.Runner` says.
 
         Raises ValueError or IndexError for a slice outside the model's vocabulary, positions or pool, ArithmeticError
@@ -110,6 +109,6 @@ class ModelRunner:
             return []
         batch = Batch.from_slices(slices, block_size=self._block_size)
         hidden = self._model.forward(batch, self._pages)
-        draws = [Draw(part.sampling, part.output_index) for part in slices if part.sampling is not None]
+        draws = [part.draw for part in slices if part.draw is not None]
         tokens = iter(sample(self._model.logits(hidden), draws, self._backend))
-        return [None if part.sampling is None else next(tokens) for part in slices]
+        return [SliceResult() if part.draw is None else SliceResult(next(tokens)) for part in slices]

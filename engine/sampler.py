@@ -5,33 +5,24 @@ Every tie goes to the lower token id. Log-probabilities are of the raw logits: b
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.philox import gumbel
-from engine.request import SampledToken, SamplingParams
+from engine.request import SampledToken
+from engine.step import Draw
 from kernels.backend import Backend
 
-_CHOICE = 0
+
+def _masks_stops(draw: Draw) -> bool:
+    """Whether stop tokens are out of the question because `min_tokens` is not reached."""
+    return draw.output_index < draw.sampling.min_tokens and bool(draw.sampling.stop_token_ids)
 
 
-class Draw(NamedTuple):
-    """What one row of logits is for: how to choose, and the output position of the token."""
-
-    sampling: SamplingParams
-    output_index: int
-
-    @property
-    def masks_stops(self) -> bool:
-        """Whether stop tokens are out of the question because `min_tokens` is not reached."""
-        return self.output_index < self.sampling.min_tokens and bool(self.sampling.stop_token_ids)
-
-
-def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[SampledToken]:
-    """Chooses one token per row.
+def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tuple[SampledToken, ...]]:
+    """Chooses one token per row and choice.
 
     logits: [len(draws), vocab_size], float32, on the CPU; not written to. Raises ArithmeticError when a row has a NaN,
     an infinity, or nothing left to choose.
@@ -40,14 +31,14 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[Samp
     if len(draws) and not np.isfinite(values.max(axis=1)).all():
         raise ArithmeticError("the model's logits are not finite")
     tokens = np.empty(len(draws), dtype=np.int64)
-    greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0 and not draw.masks_stops]
+    greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0 and not _masks_stops(draw)]
     tokens[greedy] = backend.argmax(logits[greedy]).numpy()
     for row in sorted(set(range(len(draws))).difference(greedy)):
         tokens[row] = _choose(values[row], draws[row])
     asking = [row for row, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]
     logprobs = dict(zip(asking, backend.log_softmax(logits[asking]), strict=True)) if asking else {}
     return [
-        _token(draw, token, logprobs.get(row), backend)
+        (_token(draw, token, logprobs.get(row), backend),)
         for row, (draw, token) in enumerate(zip(draws, tokens.tolist(), strict=True))
     ]
 
@@ -56,7 +47,7 @@ def _choose(logits: NDArray[np.float32], draw: Draw) -> int:
     """Chooses one token of a row. logits: [vocab_size]."""
     sampling = draw.sampling
     scores = logits.astype(np.float64)
-    if draw.masks_stops:
+    if _masks_stops(draw):
         scores[[token for token in sampling.stop_token_ids if token < len(scores)]] = -np.inf
         if scores.max() == -np.inf:
             raise ArithmeticError("every token is a stop token and min_tokens is not reached")
@@ -64,7 +55,7 @@ def _choose(logits: NDArray[np.float32], draw: Draw) -> int:
         return int(scores.argmax())
     scores /= sampling.temperature
     kept = _kept(scores, top_k=sampling.top_k, top_p=sampling.top_p)
-    noise = gumbel(kept, seed=sampling.seed, choice=_CHOICE, output_index=draw.output_index)
+    noise = gumbel(kept, seed=sampling.seed, choice=draw.choices[0], output_index=draw.output_index)
     return int(kept[(scores[kept] + noise).argmax()])
 
 

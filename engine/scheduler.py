@@ -11,12 +11,12 @@ from typing import NamedTuple
 from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
 from engine.planning import EngineLimits, PlannedLease, PlannedSlice, Snapshot, StepPlan, plan_step
-from engine.request import RequestId, SampledToken
+from engine.request import RequestId
 from engine.sequence import OrderKey, Sequence, SequenceState
-from engine.step import SequenceSlice
+from engine.step import Draw, SequenceSlice, SliceResult
 from staffetta.errors import StepFailedError
 
-SliceOutcome = SampledToken | StepFailedError | None
+SliceOutcome = SliceResult | StepFailedError
 
 
 class Committed(NamedTuple):
@@ -181,8 +181,7 @@ class Scheduler:
             token_ids=tuple(sequence.token_ids[part.start : end]),
             start=part.start,
             block_ids=sequence.block_ids(end),
-            sampling=sequence.request.sampling if is_sampling else None,
-            output_index=sequence.next_output_index,
+            draw=Draw(sequence.request.sampling, sequence.next_output_index) if is_sampling else None,
         )
         sequence.num_computed_tokens = end
         sequence.num_placeholders = int(is_sampling)

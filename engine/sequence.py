@@ -155,10 +155,7 @@ class Sequence:
         self.token_ids.append(token.token_id)
         if self.first_token_at is None:
             self.first_token_at = now
-        sampling = self.request.sampling
-        if token.token_id in sampling.stop_token_ids and token.index >= sampling.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if token.index + 1 >= sampling.max_tokens else None
+        return self.request.sampling.finish_reason(token)
 
     def publish(self, prefix: PrefixCache, *, num_final_tokens: int) -> None:
         """Offers blocks that became full and final to the prefix cache."""

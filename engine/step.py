@@ -1,34 +1,77 @@
 """The values between scheduler and runner: what one step computes. No torch."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from engine.request import RequestId, SampledToken, SamplingParams
+from engine.request import PromptToken, RequestId, SampledToken, SamplingParams
 from kvtransfer.layout import BlockId
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What the logits after a slice are for: one token for each of `choices`, at output position `output_index`.
+
+    All choices share the logits; each has random numbers of its own. `prompt_token_ids` and `output_token_ids` are what
+    penalties count; both are empty unless `sampling.is_penalised`.
+    """
+
+    sampling: SamplingParams
+    output_index: int
+    choices: tuple[int, ...] = (0,)
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Asks how likely the prompt's next tokens are: row i of the slice scores `targets[i]`, at position start + i + 1.
+
+    There may be fewer targets than rows: the last row of a prompt has none. `num_alternatives` of the likeliest tokens
+    are wanted as well.
+    """
+
+    targets: tuple[int, ...]
+    num_alternatives: int
+
+
+class BlockCopy(NamedTuple):
+    """A block whose content is wanted in another one, because the slice writes where others still read."""
+
+    source: BlockId
+    destination: BlockId
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
     """One sequence's part of a step: compute `token_ids`, the tokens at positions [start, start + len(token_ids)).
 
-    `block_ids` covers every position up to the end of the slice. `sampling` is set when the slice ends at the last
-    known token, so that the next one is drawn; `output_index` is then that token's output position (the random
-    counter).
+    `block_ids` covers every position up to the end of the slice. `draw` is set when the slice ends at the last known
+    token, so that the next one is drawn. `copy` is carried out before anything of the step is computed; the source's
+    positions before `start` stay as they are until the step is over.
     """
 
     request_id: RequestId
     token_ids: tuple[int, ...]
     start: int
     block_ids: tuple[BlockId, ...]
-    sampling: SamplingParams | None
-    output_index: int
+    draw: Draw | None = None
+    score: Score | None = None
+    copy: BlockCopy | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SliceResult:
+    """What a slice brought: a token for each choice of its `draw`, a scored one for each target of its `score`."""
+
+    tokens: tuple[SampledToken, ...] = ()
+    prompt_tokens: tuple[PromptToken, ...] = ()
 
 
 class Runner(Protocol):
     """Computes steps. The real one is `engine.runner.ModelRunner`; `engine.fake.FakeRunner` ships for tests."""
 
-    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
-        """Writes the slices' KV and returns, in order, the next token of each slice that samples, else None.
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+        """Writes the slices' KV and returns their results, in order.
 
         Running the same slices again writes the same bytes, so a step that raised may be repeated in parts. Engine
         thread.

@@ -22,7 +22,7 @@ from staffetta.errors import HandoffFailedError, ProtocolError, StaffettaError
 from staffetta.rpc.options import MAX_MESSAGE_BYTES
 from staffetta.rpc.status import failure_of
 from staffetta.v1 import prefill_pb2
-from worker.codec import entry_to_proto, finish_reason_to_proto, token_to_proto
+from worker.codec import entry_to_proto, token_to_proto
 from worker.rank import Rank
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Announcer:
             if sequence.error is not None or sequence.finish_reason is FinishReason.CANCELLED:
                 self.fail(sequence.request_id, sequence.error or HandoffFailedError("the prefill was cancelled"))
             elif sequence.tokens:
-                events[handoff.session].append(self._first_token(handoff, sequence))
+                events[handoff.session].append(self._first_tokens(handoff, sequence))
                 if handoff.start.num_held_tokens == handoff.start.num_prompt_tokens:
                     # Nothing to move is a hand-off like any other: one chunk, empty, the last.
                     chunks.append(_Chunk(sequence.request_id, ()))
@@ -112,13 +112,12 @@ class Announcer:
         num_held_blocks = handoff.start.num_held_tokens // self._rank.layout.groups[0].block_size
         return tuple(block for block in blocks if block.block_index >= num_held_blocks)
 
-    def _first_token(self, handoff: Handoff, sequence: SequenceOutput) -> prefill_pb2.PrefillEvent:
+    def _first_tokens(self, handoff: Handoff, sequence: SequenceOutput) -> prefill_pb2.PrefillEvent:
         assert sequence.stats is not None, "the engine states what a finished prefill cost"
         return prefill_pb2.PrefillEvent(
             handoff_id=handoff.start.handoff_id,
-            first_token=prefill_pb2.FirstToken(
-                token=token_to_proto(sequence.tokens[0]),
-                finish_reason=finish_reason_to_proto(sequence.finish_reason),
+            first_tokens=prefill_pb2.FirstTokens(
+                tokens=map(token_to_proto, sequence.tokens),
                 cached_tokens=sequence.stats.num_cached_tokens,
                 queue_s=sequence.stats.queue_s,
                 prefill_s=sequence.stats.prefill_s,

@@ -14,17 +14,11 @@ _FINISH_TO_PROTO = {
     FinishReason.CANCELLED: common_pb2.FINISH_REASON_CANCELLED,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
-_FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.items()}
 
 
 def finish_reason_to_proto(reason: FinishReason | None) -> common_pb2.FinishReason.ValueType:
     """None becomes UNSPECIFIED: the sequence goes on."""
     return common_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_PROTO[reason]
-
-
-def finish_reason_from_proto(number: common_pb2.FinishReason.ValueType) -> FinishReason | None:
-    """UNSPECIFIED and unknown numbers become None."""
-    return _FINISH_FROM_PROTO.get(number)
 
 
 def token_to_proto(token: SampledToken) -> common_pb2.Token:
@@ -61,6 +55,10 @@ def sampling_from_proto(message: common_pb2.SamplingParams, *, eos_token_ids: It
         min_tokens=message.min_tokens,
         stop_token_ids=stop_token_ids,
         num_logprobs=message.logprobs if message.HasField("logprobs") else None,
+        repetition_penalty=message.repetition_penalty if message.HasField("repetition_penalty") else 1.0,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        num_prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
     )
 
 

@@ -7,7 +7,7 @@ Life of one attempt, all calls on the engine thread:
 3. `poll` returns `KVReady`: bytes exist. The engine leases every block of the prompt, all or nothing, and calls
    `grant`; while it cannot, the sequence waits with nothing held.
 4. `poll` returns `KVLanded` as verified tokens become contiguous; the last one ends the attempt.
-   `KVFirstToken` may come at any time after `begin`: a token that is known (and already on its way to the client).
+   `KVFirstTokens` may come at any time after `begin`: tokens that are known (and already on their way to the client).
 5. Or `poll` returns `KVFailed`: the engine keeps what landed, asks `lookup` again (which may offer another attempt or
    nothing, then the rest is computed here), and quarantines the leased blocks that had not landed.
    Or the engine calls `abandon`, because the request is gone; the leased blocks that had not landed are quarantined.
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
-from engine.request import FinishReason, Request, SampledToken
+from engine.request import Request, SampledToken
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
 from staffetta.hashing import BlockHash
@@ -35,15 +35,14 @@ class KVReady:
 
 
 @dataclass(frozen=True, slots=True)
-class KVFirstToken:
-    """The first generated token is known. The client has it already; the engine must not emit it again.
+class KVFirstTokens:
+    """The first generated token of every choice is known. The client has them already; the engine must not emit them.
 
-    `finish_reason` is set when the token ends the request: then nothing needs to land.
+    `tokens` are in the order of the request's choices. When each ends its choice, nothing needs to land.
     """
 
     attempt_id: AttemptId
-    token: SampledToken
-    finish_reason: FinishReason | None
+    tokens: tuple[SampledToken, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ class KVQuiesced:
     attempt_id: AttemptId
 
 
-KVEvent = KVReady | KVFirstToken | KVLanded | KVFailed | KVQuiesced
+KVEvent = KVReady | KVFirstTokens | KVLanded | KVFailed | KVQuiesced
 
 
 @dataclass(frozen=True, slots=True)

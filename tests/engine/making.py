@@ -7,11 +7,10 @@ from engine.request import (
     Request,
     RequestId,
     RequestKind,
-    SampledToken,
     SamplingParams,
     SequenceOutput,
 )
-from engine.step import SequenceSlice
+from engine.step import SequenceSlice, SliceResult
 from staffetta.hashing import BlockHasher
 
 BLOCK_SIZE = 4
@@ -140,7 +139,7 @@ class RecordingRunner(FakeRunner):
         self.runs: list[list[tuple[str, int, int]]] = []
         self.slices: list[SequenceSlice] = []
 
-    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SampledToken | None]:
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         self.runs.append([(each.request_id, each.start, len(each.token_ids)) for each in slices])
         self.slices += slices
         return super().run(slices)

@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19staffetta/v1/common.proto\x12\x0cstaffetta.v1\"\xd4\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"|\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x30\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1a.staffetta.v1.TokenLogprobB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xda\x01\n\rHandoffReport\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x15\n\rhandoff_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ehandoff_blocks\x18\x05 \x01(\r\x12 \n\x18locally_prefilled_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x66\x61iled_handoffs\x18\x07 \x01(\r\x12\x1d\n\x15prefill_cached_tokens\x18\x08 \x01(\r\"k\n\x0cPhaseTimings\x12\x11\n\tgateway_s\x18\x01 \x01(\x01\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\"\xdf\x01\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.staffetta.v1.WorkerRole\x12\r\n\x05model\x18\x04 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\x17\n\x0fnumerics_digest\x18\x06 \x01(\t\x12&\n\x06layout\x18\x07 \x01(\x0b\x32\x16.staffetta.v1.KVLayout\x12\x17\n\x0fkey_fingerprint\x18\x08 \x01(\t\"D\n\x08KVLayout\x12\x11\n\tlayout_id\x18\x01 \x01(\t\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.staffetta.v1.KVGroup\"v\n\x07KVGroup\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\"7\n\tHeartbeat\x12\x14\n\x0c\x65ngine_turns\x18\x01 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\"N\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x14\n\x0cis_retryable\x18\x04 \x01(\x08*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*\x85\x01\n\x14PrefillFailurePolicy\x12&\n\"PREFILL_FAILURE_POLICY_UNSPECIFIED\x10\x00\x12$\n PREFILL_FAILURE_POLICY_RECOMPUTE\x10\x01\x12\x1f\n\x1bPREFILL_FAILURE_POLICY_FAIL\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19staffetta/v1/common.proto\x12\x0cstaffetta.v1\"\xbe\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x17\n\nignore_eos\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x15\n\x08logprobs\x18\n \x01(\rH\x07\x88\x01\x01\x12\x0e\n\x01n\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\r \x01(\x02H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x02H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x0f \x01(\rH\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x04\n\x02_nB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x12\n\x10_prompt_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"|\n\x05Token\x12\r\n\x05index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x30\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x1a.staffetta.v1.TokenLogprobB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xda\x01\n\rHandoffReport\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rdecode_worker\x18\x02 \x01(\t\x12\x11\n\ttransport\x18\x03 \x01(\t\x12\x15\n\rhandoff_bytes\x18\x04 \x01(\x04\x12\x16\n\x0ehandoff_blocks\x18\x05 \x01(\r\x12 \n\x18locally_prefilled_tokens\x18\x06 \x01(\r\x12\x17\n\x0f\x66\x61iled_handoffs\x18\x07 \x01(\r\x12\x1d\n\x15prefill_cached_tokens\x18\x08 \x01(\r\"k\n\x0cPhaseTimings\x12\x11\n\tgateway_s\x18\x01 \x01(\x01\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x05 \x01(\x01\"\xdf\x01\n\x0eWorkerIdentity\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.staffetta.v1.WorkerRole\x12\r\n\x05model\x18\x04 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\x17\n\x0fnumerics_digest\x18\x06 \x01(\t\x12&\n\x06layout\x18\x07 \x01(\x0b\x32\x16.staffetta.v1.KVLayout\x12\x17\n\x0fkey_fingerprint\x18\x08 \x01(\t\"D\n\x08KVLayout\x12\x11\n\tlayout_id\x18\x01 \x01(\t\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.staffetta.v1.KVGroup\"v\n\x07KVGroup\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\nnum_layers\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\r\n\x05\x64type\x18\x06 \x01(\t\"7\n\tHeartbeat\x12\x14\n\x0c\x65ngine_turns\x18\x01 \x01(\x04\x12\x14\n\x0cnum_requests\x18\x02 \x01(\r\"N\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x14\n\x0cis_retryable\x18\x04 \x01(\x08*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*\x85\x01\n\x14PrefillFailurePolicy\x12&\n\"PREFILL_FAILURE_POLICY_UNSPECIFIED\x10\x00\x12$\n PREFILL_FAILURE_POLICY_RECOMPUTE\x10\x01\x12\x1f\n\x1bPREFILL_FAILURE_POLICY_FAIL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'staffetta.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=1528
-  _globals['_WORKERROLE']._serialized_end=1618
-  _globals['_FINISHREASON']._serialized_start=1621
-  _globals['_FINISHREASON']._serialized_end=1770
-  _globals['_PREFILLFAILUREPOLICY']._serialized_start=1773
-  _globals['_PREFILLFAILUREPOLICY']._serialized_end=1906
+  _globals['_WORKERROLE']._serialized_start=1762
+  _globals['_WORKERROLE']._serialized_end=1852
+  _globals['_FINISHREASON']._serialized_start=1855
+  _globals['_FINISHREASON']._serialized_end=2004
+  _globals['_PREFILLFAILUREPOLICY']._serialized_start=2007
+  _globals['_PREFILLFAILUREPOLICY']._serialized_end=2140
   _globals['_SAMPLINGPARAMS']._serialized_start=44
-  _globals['_SAMPLINGPARAMS']._serialized_end=384
-  _globals['_TOKENLOGPROB']._serialized_start=386
-  _globals['_TOKENLOGPROB']._serialized_end=435
-  _globals['_TOKEN']._serialized_start=437
-  _globals['_TOKEN']._serialized_end=561
-  _globals['_USAGE']._serialized_start=563
-  _globals['_USAGE']._serialized_end=643
-  _globals['_HANDOFFREPORT']._serialized_start=646
-  _globals['_HANDOFFREPORT']._serialized_end=864
-  _globals['_PHASETIMINGS']._serialized_start=866
-  _globals['_PHASETIMINGS']._serialized_end=973
-  _globals['_WORKERIDENTITY']._serialized_start=976
-  _globals['_WORKERIDENTITY']._serialized_end=1199
-  _globals['_KVLAYOUT']._serialized_start=1201
-  _globals['_KVLAYOUT']._serialized_end=1269
-  _globals['_KVGROUP']._serialized_start=1271
-  _globals['_KVGROUP']._serialized_end=1389
-  _globals['_HEARTBEAT']._serialized_start=1391
-  _globals['_HEARTBEAT']._serialized_end=1446
-  _globals['_FAILURE']._serialized_start=1448
-  _globals['_FAILURE']._serialized_end=1526
+  _globals['_SAMPLINGPARAMS']._serialized_end=618
+  _globals['_TOKENLOGPROB']._serialized_start=620
+  _globals['_TOKENLOGPROB']._serialized_end=669
+  _globals['_TOKEN']._serialized_start=671
+  _globals['_TOKEN']._serialized_end=795
+  _globals['_USAGE']._serialized_start=797
+  _globals['_USAGE']._serialized_end=877
+  _globals['_HANDOFFREPORT']._serialized_start=880
+  _globals['_HANDOFFREPORT']._serialized_end=1098
+  _globals['_PHASETIMINGS']._serialized_start=1100
+  _globals['_PHASETIMINGS']._serialized_end=1207
+  _globals['_WORKERIDENTITY']._serialized_start=1210
+  _globals['_WORKERIDENTITY']._serialized_end=1433
+  _globals['_KVLAYOUT']._serialized_start=1435
+  _globals['_KVLAYOUT']._serialized_end=1503
+  _globals['_KVGROUP']._serialized_start=1505
+  _globals['_KVGROUP']._serialized_end=1623
+  _globals['_HEARTBEAT']._serialized_start=1625
+  _globals['_HEARTBEAT']._serialized_end=1680
+  _globals['_FAILURE']._serialized_start=1682
+  _globals['_FAILURE']._serialized_end=1760
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from staffetta.v1 import common_pb2 as staffetta_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19staffetta/v1/decode.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\xd0\x02\n\x14\x44\x65\x63odeSessionRequest\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12/\n\x04open\x18\x02 \x01(\x0b\x32\x1f.staffetta.v1.OpenDecodeSessionH\x00\x12+\n\x05start\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.StartRequestH\x00\x12\x33\n\rappend_prompt\x18\x04 \x01(\x0b\x32\x1a.staffetta.v1.AppendPromptH\x00\x12$\n\x05grant\x18\x05 \x01(\x0b\x32\x13.staffetta.v1.GrantH\x00\x12-\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x1b.staffetta.v1.CancelRequestH\x00\x12,\n\theartbeat\x18\x07 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07\x63ommand\"\xc8\x01\n\x15\x44\x65\x63odeSessionResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x33\n\x06opened\x18\x02 \x01(\x0b\x32!.staffetta.v1.DecodeSessionOpenedH\x00\x12(\n\x04step\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.StepEventsH\x00\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07message\"l\n\x11OpenDecodeSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x04 \x01(\x01\"\x9b\x01\n\x13\x44\x65\x63odeSessionOpened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\x08identity\x18\x02 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x14\n\x0cmax_requests\x18\x04 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x05 \x01(\x01\"\xa9\x02\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.staffetta.v1.SamplingParams\x12\x16\n\x0eprefill_worker\x18\x05 \x01(\t\x12>\n\x12on_prefill_failure\x18\x06 \x01(\x0e\x32\".staffetta.v1.PrefillFailurePolicy\x12\x0e\n\x06\x63redit\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x19\n\x11\x66irst_token_index\x18\n \x01(\r\"5\n\x0c\x41ppendPrompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"+\n\x05Grant\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"9\n\nStepEvents\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.staffetta.v1.SequenceEvent\"\xd3\x01\n\rSequenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06tokens\x18\x02 \x03(\x0b\x32\x13.staffetta.v1.Token\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.staffetta.v1.FinishReason\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x15.staffetta.v1.Failure\x12.\n\x07summary\x18\x05 \x01(\x0b\x32\x1d.staffetta.v1.SequenceSummary\"\xb7\x01\n\x0fSequenceSummary\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12,\n\x07handoff\x18\x02 \x01(\x0b\x32\x1b.staffetta.v1.HandoffReport\x12+\n\x07timings\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.PhaseTimings\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r2g\n\rDecodeService\x12V\n\x07Session\x12\".staffetta.v1.DecodeSessionRequest\x1a#.staffetta.v1.DecodeSessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19staffetta/v1/decode.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\xd0\x02\n\x14\x44\x65\x63odeSessionRequest\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12/\n\x04open\x18\x02 \x01(\x0b\x32\x1f.staffetta.v1.OpenDecodeSessionH\x00\x12+\n\x05start\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.StartRequestH\x00\x12\x33\n\rappend_prompt\x18\x04 \x01(\x0b\x32\x1a.staffetta.v1.AppendPromptH\x00\x12$\n\x05grant\x18\x05 \x01(\x0b\x32\x13.staffetta.v1.GrantH\x00\x12-\n\x06\x63\x61ncel\x18\x06 \x01(\x0b\x32\x1b.staffetta.v1.CancelRequestH\x00\x12,\n\theartbeat\x18\x07 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07\x63ommand\"\xc8\x01\n\x15\x44\x65\x63odeSessionResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x04\x12\x33\n\x06opened\x18\x02 \x01(\x0b\x32!.staffetta.v1.DecodeSessionOpenedH\x00\x12(\n\x04step\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.StepEventsH\x00\x12,\n\theartbeat\x18\x04 \x01(\x0b\x32\x17.staffetta.v1.HeartbeatH\x00\x42\t\n\x07message\"l\n\x11OpenDecodeSession\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x13\n\x0bheartbeat_s\x18\x04 \x01(\x01\"\x9b\x01\n\x13\x44\x65\x63odeSessionOpened\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\x08identity\x18\x02 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x14\n\x0cmax_requests\x18\x04 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x05 \x01(\x01\"\xbf\x02\n\x0cStartRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.staffetta.v1.SamplingParams\x12\x16\n\x0eprefill_worker\x18\x05 \x01(\t\x12>\n\x12on_prefill_failure\x18\x06 \x01(\x0e\x32\".staffetta.v1.PrefillFailurePolicy\x12\x0e\n\x06\x63redit\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x19\n\x11\x66irst_token_index\x18\n \x01(\r\x12\x14\n\x0c\x63hoice_index\x18\x0b \x01(\r\"5\n\x0c\x41ppendPrompt\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"A\n\x05Grant\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x63hoice_index\x18\x03 \x01(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"9\n\nStepEvents\x12+\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x1b.staffetta.v1.SequenceEvent\"\x95\x02\n\rSequenceEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06tokens\x18\x02 \x03(\x0b\x32\x13.staffetta.v1.Token\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.staffetta.v1.FinishReason\x12&\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x15.staffetta.v1.Failure\x12.\n\x07summary\x18\x05 \x01(\x0b\x32\x1d.staffetta.v1.SequenceSummary\x12\x14\n\x0c\x63hoice_index\x18\x06 \x01(\r\x12*\n\rprompt_tokens\x18\x07 \x03(\x0b\x32\x13.staffetta.v1.Token\"\xb7\x01\n\x0fSequenceSummary\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12,\n\x07handoff\x18\x02 \x01(\x0b\x32\x1b.staffetta.v1.HandoffReport\x12+\n\x07timings\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.PhaseTimings\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r2g\n\rDecodeService\x12V\n\x07Session\x12\".staffetta.v1.DecodeSessionRequest\x1a#.staffetta.v1.DecodeSessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,19 +41,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODESESSIONOPENED']._serialized_start=723
   _globals['_DECODESESSIONOPENED']._serialized_end=878
   _globals['_STARTREQUEST']._serialized_start=881
-  _globals['_STARTREQUEST']._serialized_end=1178
-  _globals['_APPENDPROMPT']._serialized_start=1180
-  _globals['_APPENDPROMPT']._serialized_end=1233
-  _globals['_GRANT']._serialized_start=1235
-  _globals['_GRANT']._serialized_end=1278
-  _globals['_CANCELREQUEST']._serialized_start=1280
-  _globals['_CANCELREQUEST']._serialized_end=1315
-  _globals['_STEPEVENTS']._serialized_start=1317
-  _globals['_STEPEVENTS']._serialized_end=1374
-  _globals['_SEQUENCEEVENT']._serialized_start=1377
-  _globals['_SEQUENCEEVENT']._serialized_end=1588
-  _globals['_SEQUENCESUMMARY']._serialized_start=1591
-  _globals['_SEQUENCESUMMARY']._serialized_end=1774
-  _globals['_DECODESERVICE']._serialized_start=1776
-  _globals['_DECODESERVICE']._serialized_end=1879
+  _globals['_STARTREQUEST']._serialized_end=1200
+  _globals['_APPENDPROMPT']._serialized_start=1202
+  _globals['_APPENDPROMPT']._serialized_end=1255
+  _globals['_GRANT']._serialized_start=1257
+  _globals['_GRANT']._serialized_end=1322
+  _globals['_CANCELREQUEST']._serialized_start=1324
+  _globals['_CANCELREQUEST']._serialized_end=1359
+  _globals['_STEPEVENTS']._serialized_start=1361
+  _globals['_STEPEVENTS']._serialized_end=1418
+  _globals['_SEQUENCEEVENT']._serialized_start=1421
+  _globals['_SEQUENCEEVENT']._serialized_end=1698
+  _globals['_SEQUENCESUMMARY']._serialized_start=1701
+  _globals['_SEQUENCESUMMARY']._serialized_end=1884
+  _globals['_DECODESERVICE']._serialized_start=1886
+  _globals['_DECODESERVICE']._serialized_end=1989
 # @@protoc_insertion_point(module_scope)

@@ -211,6 +211,7 @@ class StartRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request: 128 random bits in hexadecimal, made by the gateway."""
     num_prompt_tokens: _builtins.int
@@ -220,13 +221,17 @@ class StartRequest(_message.Message):
     on_prefill_failure: _common_pb2.PrefillFailurePolicy.ValueType
     """Says what to do when a hand-off fails."""
     credit: _builtins.int
-    """Lets the request produce this many tokens before it needs a Grant."""
+    """Lets each choice produce this many tokens before it needs a Grant."""
     cache_salt: _builtins.bytes
     """Salts the prefix cache's hash chain, so that only requests of one tenant share blocks."""
     priority: _builtins.int
     """Orders requests when memory is short; higher is kept longer. Default 0."""
     first_token_index: _builtins.int
     """Counts how many of the prompt's last tokens this request generated before a restart; the output goes on from there."""
+    choice_index: _builtins.int
+    """Identifies the choice that a restart goes on with, when first_token_index is not 0; else 0, and the choices are
+    those from 0 to n - 1.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Lists the prompt's first tokens; the rest follows in AppendPrompt messages."""
@@ -248,10 +253,11 @@ class StartRequest(_message.Message):
         cache_salt: _builtins.bytes = ...,
         priority: _builtins.int = ...,
         first_token_index: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "credit", b"credit", "first_token_index", b"first_token_index", "num_prompt_tokens", b"num_prompt_tokens", "on_prefill_failure", b"on_prefill_failure", "prefill_worker", b"prefill_worker", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "choice_index", b"choice_index", "credit", b"credit", "first_token_index", b"first_token_index", "num_prompt_tokens", b"num_prompt_tokens", "on_prefill_failure", b"on_prefill_failure", "prefill_worker", b"prefill_worker", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -287,25 +293,29 @@ Global___AppendPrompt: _TypeAlias = AppendPrompt  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """Lets a request produce more tokens."""
+    """Lets one choice of a request produce more tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request."""
     tokens: _builtins.int
-    """Adds to the request's credit."""
+    """Adds to the choice's credit."""
+    choice_index: _builtins.int
+    """Identifies the choice."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         tokens: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "request_id", b"request_id", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,7 +352,7 @@ class StepEvents(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceEvent]:
-        """Lists events, at most one for each request."""
+        """Lists events, in order for each choice of a request."""
 
     def __init__(
         self,
@@ -359,7 +369,7 @@ Global___StepEvents: _TypeAlias = StepEvents  # noqa: Y015
 
 @_typing.final
 class SequenceEvent(_message.Message):
-    """Carries the news of one request."""
+    """Carries the news of one choice of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -368,13 +378,19 @@ class SequenceEvent(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request."""
     finish_reason: _common_pb2.FinishReason.ValueType
-    """Says why the request ended; unset while it runs."""
+    """Says why the choice ended; unset while it runs. Every choice has one ending, and ends without the others; an error
+    or a cancellation comes to each choice that has not ended.
+    """
+    choice_index: _builtins.int
+    """Identifies the choice; 0 while a request has one."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Lists new tokens in order."""
+        """Lists new tokens of the choice in order."""
 
     @_builtins.property
     def failure(self) -> _common_pb2.Failure:
@@ -382,7 +398,13 @@ class SequenceEvent(_message.Message):
 
     @_builtins.property
     def summary(self) -> Global___SequenceSummary:
-        """Summarizes the request; set in its last event only."""
+        """Summarizes the choice; set in its last event only."""
+
+    @_builtins.property
+    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Lists prompt tokens with their log-probabilities, from position 1 on, in order and without a gap over the events of
+        the request; all of them come before the first generated token's event or with it.
+        """
 
     def __init__(
         self,
@@ -392,10 +414,12 @@ class SequenceEvent(_message.Message):
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
         failure: _common_pb2.Failure | None = ...,
         summary: Global___SequenceSummary | None = ...,
+        choice_index: _builtins.int = ...,
+        prompt_tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "finish_reason", b"finish_reason", "request_id", b"request_id", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "failure", b"failure", "finish_reason", b"finish_reason", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "summary", b"summary", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,7 +427,7 @@ Global___SequenceEvent: _TypeAlias = SequenceEvent  # noqa: Y015
 
 @_typing.final
 class SequenceSummary(_message.Message):
-    """Summarizes an ended request."""
+    """Summarizes an ended choice. What was done for the prompt is told by every choice alike."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from staffetta.v1 import common_pb2 as staffetta_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstaffetta/v1/inference.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.staffetta.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x95\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.ChatPromptH\x00\x12+\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.staffetta.v1.TokenPromptH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.staffetta.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12>\n\x12on_prefill_failure\x18\x07 \x01(\x0e\x32\".staffetta.v1.PrefillFailurePolicyB\x08\n\x06prompt\"\xaf\x01\n\x10GenerateResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.staffetta.v1.GenerateStartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.staffetta.v1.GenerateDeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.staffetta.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"e\n\x0fGenerateStarted\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"X\n\rGenerateDelta\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12#\n\x06tokens\x18\x03 \x03(\x0b\x32\x13.staffetta.v1.Token\"\x84\x02\n\x10GenerateFinished\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.staffetta.v1.FinishReason\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.staffetta.v1.Usage\x12,\n\x07handoff\x18\x04 \x01(\x0b\x32\x1b.staffetta.v1.HandoffReport\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.staffetta.v1.PhaseTimings\x12\x18\n\x0bstop_string\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0e\n\x0c_stop_string\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xaa\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x17\n\x0fnumerics_digest\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\"c\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.ChatPromptH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xc6\x02\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.staffetta.v1.GenerateRequest\x1a\x1e.staffetta.v1.GenerateResponse0\x01\x12I\n\x08GetModel\x12\x1d.staffetta.v1.GetModelRequest\x1a\x1e.staffetta.v1.GetModelResponse\x12I\n\x08Tokenize\x12\x1d.staffetta.v1.TokenizeRequest\x1a\x1e.staffetta.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.staffetta.v1.DetokenizeRequest\x1a .staffetta.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstaffetta/v1/inference.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\nChatPrompt\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.staffetta.v1.ChatMessage\" \n\x0bTokenPrompt\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x95\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.ChatPromptH\x00\x12+\n\x06tokens\x18\x04 \x01(\x0b\x32\x19.staffetta.v1.TokenPromptH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.staffetta.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12>\n\x12on_prefill_failure\x18\x07 \x01(\x0e\x32\".staffetta.v1.PrefillFailurePolicyB\x08\n\x06prompt\"\xed\x01\n\x10GenerateResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.staffetta.v1.GenerateStartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.staffetta.v1.GenerateDeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.staffetta.v1.GenerateFinishedH\x00\x12<\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32!.staffetta.v1.PromptLogprobsDeltaH\x00\x42\x07\n\x05\x65vent\"e\n\x0fGenerateStarted\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"X\n\rGenerateDelta\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12#\n\x06tokens\x18\x03 \x03(\x0b\x32\x13.staffetta.v1.Token\":\n\x13PromptLogprobsDelta\x12#\n\x06tokens\x18\x01 \x03(\x0b\x32\x13.staffetta.v1.Token\"\x84\x02\n\x10GenerateFinished\x12\x14\n\x0c\x63hoice_index\x18\x01 \x01(\r\x12\x31\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1a.staffetta.v1.FinishReason\x12\"\n\x05usage\x18\x03 \x01(\x0b\x32\x13.staffetta.v1.Usage\x12,\n\x07handoff\x18\x04 \x01(\x0b\x32\x1b.staffetta.v1.HandoffReport\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.staffetta.v1.PhaseTimings\x12\x18\n\x0bstop_string\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0e\n\x0c_stop_string\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xaa\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x17\n\x0fnumerics_digest\x18\x03 \x01(\t\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x16\n\x0enum_parameters\x18\x07 \x01(\x04\"c\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x18.staffetta.v1.ChatPromptH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xc6\x02\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.staffetta.v1.GenerateRequest\x1a\x1e.staffetta.v1.GenerateResponse0\x01\x12I\n\x08GetModel\x12\x1d.staffetta.v1.GetModelRequest\x1a\x1e.staffetta.v1.GetModelResponse\x12I\n\x08Tokenize\x12\x1d.staffetta.v1.TokenizeRequest\x1a\x1e.staffetta.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.staffetta.v1.DetokenizeRequest\x1a .staffetta.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,25 +41,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=213
   _globals['_GENERATEREQUEST']._serialized_end=490
   _globals['_GENERATERESPONSE']._serialized_start=493
-  _globals['_GENERATERESPONSE']._serialized_end=668
-  _globals['_GENERATESTARTED']._serialized_start=670
-  _globals['_GENERATESTARTED']._serialized_end=771
-  _globals['_GENERATEDELTA']._serialized_start=773
-  _globals['_GENERATEDELTA']._serialized_end=861
-  _globals['_GENERATEFINISHED']._serialized_start=864
-  _globals['_GENERATEFINISHED']._serialized_end=1124
-  _globals['_GETMODELREQUEST']._serialized_start=1126
-  _globals['_GETMODELREQUEST']._serialized_end=1158
-  _globals['_GETMODELRESPONSE']._serialized_start=1161
-  _globals['_GETMODELRESPONSE']._serialized_end=1331
-  _globals['_TOKENIZEREQUEST']._serialized_start=1333
-  _globals['_TOKENIZEREQUEST']._serialized_end=1432
-  _globals['_TOKENIZERESPONSE']._serialized_start=1434
-  _globals['_TOKENIZERESPONSE']._serialized_end=1471
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1473
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1526
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1528
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1562
-  _globals['_INFERENCESERVICE']._serialized_start=1565
-  _globals['_INFERENCESERVICE']._serialized_end=1891
+  _globals['_GENERATERESPONSE']._serialized_end=730
+  _globals['_GENERATESTARTED']._serialized_start=732
+  _globals['_GENERATESTARTED']._serialized_end=833
+  _globals['_GENERATEDELTA']._serialized_start=835
+  _globals['_GENERATEDELTA']._serialized_end=923
+  _globals['_PROMPTLOGPROBSDELTA']._serialized_start=925
+  _globals['_PROMPTLOGPROBSDELTA']._serialized_end=983
+  _globals['_GENERATEFINISHED']._serialized_start=986
+  _globals['_GENERATEFINISHED']._serialized_end=1246
+  _globals['_GETMODELREQUEST']._serialized_start=1248
+  _globals['_GETMODELREQUEST']._serialized_end=1280
+  _globals['_GETMODELRESPONSE']._serialized_start=1283
+  _globals['_GETMODELRESPONSE']._serialized_end=1453
+  _globals['_TOKENIZEREQUEST']._serialized_start=1455
+  _globals['_TOKENIZEREQUEST']._serialized_end=1554
+  _globals['_TOKENIZERESPONSE']._serialized_start=1556
+  _globals['_TOKENIZERESPONSE']._serialized_end=1593
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1595
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1648
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1650
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1684
+  _globals['_INFERENCESERVICE']._serialized_start=1687
+  _globals['_INFERENCESERVICE']._serialized_end=2013
 # @@protoc_insertion_point(module_scope)

@@ -149,13 +149,16 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """Carries one event of a generation. Order: started, then deltas, then finished."""
+    """Carries one event of a generation. Order: started; the prompt's log-probabilities, if asked for; deltas; finished, once
+    for each choice, after which the choice has no delta.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___GenerateStarted:
         """Is sent once, first."""
@@ -166,7 +169,11 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def finished(self) -> Global___GenerateFinished:
-        """Is sent once, last."""
+        """Is sent once for each choice; the last one ends the stream."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobsDelta:
+        """Is sent before the first delta, in parts, when prompt log-probabilities were asked for."""
 
     def __init__(
         self,
@@ -174,12 +181,13 @@ class GenerateResponse(_message.Message):
         started: Global___GenerateStarted | None = ...,
         delta: Global___GenerateDelta | None = ...,
         finished: Global___GenerateFinished | None = ...,
+        prompt_logprobs: Global___PromptLogprobsDelta | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "prompt_logprobs", b"prompt_logprobs", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -233,7 +241,7 @@ class GenerateDelta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
-    """Identifies the choice; 0 while a request has one choice."""
+    """Identifies the choice, from 0."""
     text: _builtins.str
     """Holds new text; may be empty while a character or a possible stop string is incomplete."""
     @_builtins.property
@@ -256,8 +264,32 @@ class GenerateDelta(_message.Message):
 Global___GenerateDelta: _TypeAlias = GenerateDelta  # noqa: Y015
 
 @_typing.final
+class PromptLogprobsDelta(_message.Message):
+    """Carries log-probabilities of prompt tokens, never those sent before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Lists prompt tokens in order, from position 1 on."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobsDelta: _TypeAlias = PromptLogprobsDelta  # noqa: Y015
+
+@_typing.final
 class GenerateFinished(_message.Message):
-    """Ends a generation's stream."""
+    """Ends one choice."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -275,7 +307,7 @@ class GenerateFinished(_message.Message):
     """Holds the stop string that ended the choice; unset when another cause did."""
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
-        """Counts what was used."""
+        """Counts what this choice used; the prompt's tokens are told by every choice alike."""
 
     @_builtins.property
     def handoff(self) -> _common_pb2.HandoffReport:

@@ -263,6 +263,7 @@ class StartPrefill(_message.Message):
     LEASE_S_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     FIRST_TOKEN_INDEX_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.str
     """Identifies the hand-off: 128 random bits in hexadecimal, made by the decode worker, new at every attempt."""
     request_id: _builtins.str
@@ -279,6 +280,10 @@ class StartPrefill(_message.Message):
     """Orders requests when memory is short."""
     first_token_index: _builtins.int
     """Gives the position of the first token in the output: 0, or the number of tokens generated before a restart."""
+    choice_index: _builtins.int
+    """Identifies the choice that a restart goes on with, when first_token_index is not 0; else 0, and the choices are
+    those from 0 to n - 1.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Lists the prompt's first tokens; the rest follows in AppendPrompt messages."""
@@ -300,10 +305,11 @@ class StartPrefill(_message.Message):
         lease_s: _builtins.float = ...,
         priority: _builtins.int = ...,
         first_token_index: _builtins.int = ...,
+        choice_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "first_token_index", b"first_token_index", "handoff_id", b"handoff_id", "lease_s", b"lease_s", "num_held_tokens", b"num_held_tokens", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "choice_index", b"choice_index", "first_token_index", b"first_token_index", "handoff_id", b"handoff_id", "lease_s", b"lease_s", "num_held_tokens", b"num_held_tokens", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -363,8 +369,9 @@ class PrefillEvent(_message.Message):
 
     HANDOFF_ID_FIELD_NUMBER: _builtins.int
     CHUNK_READY_FIELD_NUMBER: _builtins.int
-    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    FIRST_TOKENS_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     handoff_id: _builtins.str
     """Identifies the hand-off."""
     @_builtins.property
@@ -372,26 +379,31 @@ class PrefillEvent(_message.Message):
         """Says that blocks are final and can be read."""
 
     @_builtins.property
-    def first_token(self) -> Global___FirstToken:
-        """Carries the first token."""
+    def first_tokens(self) -> Global___FirstTokens:
+        """Carries the first token of every choice."""
 
     @_builtins.property
     def failed(self) -> _common_pb2.Failure:
         """Says that the prefill failed; its blocks are free already."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs:
+        """Carries log-probabilities of prompt tokens."""
 
     def __init__(
         self,
         *,
         handoff_id: _builtins.str = ...,
         chunk_ready: Global___ChunkReady | None = ...,
-        first_token: Global___FirstToken | None = ...,
+        first_tokens: Global___FirstTokens | None = ...,
         failed: _common_pb2.Failure | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk_ready", b"chunk_ready", "event", b"event", "failed", b"failed", "first_token", b"first_token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk_ready", b"chunk_ready", "event", b"event", "failed", b"failed", "first_tokens", b"first_tokens", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_ready", b"chunk_ready", "event", b"event", "failed", b"failed", "first_token", b"first_token", "handoff_id", b"handoff_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_ready", b"chunk_ready", "event", b"event", "failed", b"failed", "first_tokens", b"first_tokens", "handoff_id", b"handoff_id", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk_ready", "first_token", "failed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk_ready", "first_tokens", "failed", "prompt_logprobs"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -478,18 +490,41 @@ class BlockEntry(_message.Message):
 Global___BlockEntry: _TypeAlias = BlockEntry  # noqa: Y015
 
 @_typing.final
-class FirstToken(_message.Message):
-    """Carries the first token, which goes to the client while KV may still be in flight."""
+class PromptLogprobs(_message.Message):
+    """Carries log-probabilities of prompt tokens that follow those of earlier messages without a gap, from position 1 on; all
+    of them precede the first tokens.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TOKEN_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Lists the prompt's tokens in order."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
+
+@_typing.final
+class FirstTokens(_message.Message):
+    """Carries the first token of every choice; they go to the client while KV may still be in flight."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     PREFILL_S_FIELD_NUMBER: _builtins.int
-    finish_reason: _common_pb2.FinishReason.ValueType
-    """Says why the request ended with this token; unset when it goes on."""
     cached_tokens: _builtins.int
     """Counts prompt tokens that were in the prefill worker's prefix cache."""
     queue_s: _builtins.float
@@ -497,22 +532,21 @@ class FirstToken(_message.Message):
     prefill_s: _builtins.float
     """Measures computing, in seconds."""
     @_builtins.property
-    def token(self) -> _common_pb2.Token:
-        """Holds the token."""
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Lists the tokens in the order of the choices. Whether one ends its choice follows from the sampling parameters."""
 
     def __init__(
         self,
         *,
-        token: _common_pb2.Token | None = ...,
-        finish_reason: _common_pb2.FinishReason.ValueType = ...,
+        tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         cached_tokens: _builtins.int = ...,
         queue_s: _builtins.float = ...,
         prefill_s: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "finish_reason", b"finish_reason", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prefill_s", b"prefill_s", "queue_s", b"queue_s", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
+Global___FirstTokens: _TypeAlias = FirstTokens  # noqa: Y015
