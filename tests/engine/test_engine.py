@@ -7,8 +7,16 @@ import pytest
 
 from engine.engine import Engine, EngineCounts
 from engine.fake import FakeRunner, expected_tokens
-from engine.request import FinalBlock, FinishReason, Request, RequestId, RequestKind, SequenceOutput
-from engine.step import SequenceSlice
+from engine.request import (
+    FinalBlock,
+    FinishReason,
+    Request,
+    RequestId,
+    RequestKind,
+    SampledToken,
+    SequenceOutput,
+)
+from engine.step import SequenceSlice, SliceResult
 from staffetta.errors import ContextLengthExceededError, InvalidRequestError, QueueFullError, StepFailedError
 from staffetta.hashing import short_hash
 from tests.engine.making import (
@@ -53,10 +61,8 @@ def test_the_stop_token_is_emitted_with_the_ending() -> None:
 class DeafRunner(FakeRunner):
     """Draws token 1 always, masked or not."""
 
-    def run(self, slices: tuple[SequenceSlice, ...]) -> list:  # type: ignore[type-arg]
-        from engine.request import SampledToken
-
-        return [SampledToken(each.output_index, 1) if each.sampling else None for each in slices]
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+        return [SliceResult((SampledToken(each.draw.output_index, 1),) if each.draw else ()) for each in slices]
 
 
 def test_a_stop_token_before_min_tokens_does_not_stop() -> None:
@@ -173,11 +179,11 @@ def test_a_prompt_that_hits_in_full_recomputes_its_last_block_into_a_new_one() -
     assert engine.drain_cache_events().stored == tuple(map(short_hash, make_hasher().chain(range(8))))
 
 
-def test_a_prefill_whose_first_token_ends_the_request_says_so_and_is_held_all_the_same() -> None:
+def test_a_prefill_whose_first_token_ends_the_request_is_held_all_the_same() -> None:
     engine, _ = make_engine()
     engine.add(make_request("p", kind=RequestKind.PREFILL, sampling=make_sampling(max_tokens=1)))
     output = run_to_end(engine)["p"][-1]
-    assert (output.finish_reason, engine.counts().num_held) == (FinishReason.LENGTH, 1)
+    assert (len(output.tokens), output.finish_reason, engine.counts().num_held) == (1, None, 1)
 
 
 def test_salts_keep_prefixes_apart() -> None:
@@ -276,7 +282,7 @@ def test_a_request_that_makes_a_step_raise_fails_alone_in_the_same_step(caplog: 
 class InterruptedRunner(FakeRunner):
     """Raises KeyboardInterrupt once, in its second run."""
 
-    def run(self, slices: tuple[SequenceSlice, ...]) -> list:  # type: ignore[type-arg]
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         if self.num_runs == 1:
             self.num_runs += 1
             raise KeyboardInterrupt

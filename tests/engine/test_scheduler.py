@@ -11,6 +11,7 @@ from engine.planning import EngineLimits, PlannedSlice, StepPlan
 from engine.request import Request, RequestId, RequestKind, SampledToken
 from engine.scheduler import Scheduler, SliceOutcome
 from engine.sequence import Sequence, SequenceState
+from engine.step import Draw, SliceResult
 from staffetta.errors import StepFailedError
 from tests.engine.making import (
     BLOCK_SIZE,
@@ -227,8 +228,8 @@ def test_a_slice_has_blocks_for_its_positions_and_samples_only_at_the_last_known
     step(engine)
     step(engine)
     first, second = runner.slices
-    assert (first.block_ids, first.sampling, first.token_ids) == ((0,), None, (0, 1, 2, 3))
-    assert (second.block_ids, second.sampling, second.output_index) == ((0, 1), sampling, 3)
+    assert (first.block_ids, first.draw, first.token_ids) == ((0,), None, (0, 1, 2, 3))
+    assert (second.block_ids, second.draw) == ((0, 1), Draw(sampling, 3))
 
 
 class Books:
@@ -250,8 +251,8 @@ class Books:
         return self.scheduler.schedule(self.scheduler.snapshot(num_granted=0))
 
     def commit(self, outcomes: list[SliceOutcome]) -> None:
-        for sequence, token in self.scheduler.commit(outcomes):
-            if isinstance(token, SampledToken):
+        for sequence, outcome in self.scheduler.commit(outcomes):
+            for token in () if isinstance(outcome, StepFailedError) else outcome.tokens:
                 self.tokens.setdefault(sequence.request_id, []).append(token)
                 if sequence.append(token, now=0.0) is not None:
                     self.scheduler.remove(sequence)
@@ -352,7 +353,7 @@ def test_the_scheduler_refuses_what_only_a_defect_can_ask_for() -> None:
     books.scheduler.apply(books.plan())
     with pytest.raises(IntegrityError, match="not committed"):
         books.scheduler.apply(StepPlan())
-    books.commit([None])
+    books.commit([SliceResult()])
     for block_id in sequence.lease.table:
         if not books.pool.is_published(block_id):
             books.pool.publish(block_id)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.cache.source import AttemptId, KVFirstToken, KVLanded, KVQuiesced, KVReady
+from engine.cache.source import AttemptId, KVFirstTokens, KVLanded, KVQuiesced, KVReady
 from engine.engine import Engine
 from engine.fake import FakeSource, expected_tokens
 from engine.request import FinishReason, Request, RequestId, SampledToken
@@ -376,10 +376,10 @@ def test_a_lookup_that_raises_something_else_ends_its_request_with_an_internal_e
     "event",
     [
         KVLanded(FIRST, 10, is_last=True),
-        KVFirstToken(FIRST, SampledToken(3, 1), None),
+        KVFirstTokens(FIRST, (SampledToken(3, 1),)),
     ],
 )
-def test_news_that_cannot_be_ends_its_request_and_nothing_else(event: KVLanded | KVFirstToken) -> None:
+def test_news_that_cannot_be_ends_its_request_and_nothing_else(event: KVLanded | KVFirstTokens) -> None:
     engine, _, source = make_engine_with_source()
     begin(engine, make_request("a", range(10)))
     source._tell(event)
