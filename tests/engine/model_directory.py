@@ -12,7 +12,7 @@ from engine.model_config import ModelConfig
 from engine.models.llama import tensor_shapes
 from engine.request import RequestId, SamplingParams
 from engine.runner import ModelRunner, load_runner
-from engine.step import SequenceSlice
+from engine.step import Draw, SequenceSlice
 from kvtransfer.layout import BlockId
 from staffetta.identity import model_digest
 
@@ -94,6 +94,5 @@ def make_slice(
         token_ids=tuple(token_ids[start:]),
         start=start,
         block_ids=tuple(BlockId(block) for block in blocks),
-        sampling=sampling,
-        output_index=output_index,
+        draw=None if sampling is None else Draw(sampling, output_index),
     )

@@ -62,8 +62,7 @@ def continuation(directory: Path, prompt: list[int], num_steps: int) -> list[int
     known, start = list(prompt), 0
     for index in range(num_steps):
         part = make_slice(known, start=start, blocks=list(range(40)), sampling=make_sampling(), output_index=index)
-        (token,) = runner.run((part,))
-        assert token is not None
+        ((token,),) = (result.tokens for result in runner.run((part,)))
         start = len(known)
         known.append(token.token_id)
     return known[len(prompt) :]

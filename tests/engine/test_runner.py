@@ -9,7 +9,7 @@ from engine.model_config import ModelConfig
 from engine.models.llama import tensor_shapes
 from engine.request import SampledToken
 from engine.runner import ModelRunner, load_runner
-from engine.step import SequenceSlice
+from engine.step import SequenceSlice, SliceResult
 from engine.weights import load_weights
 from kernels.backend import select
 from kvtransfer.layout import KVLayout
@@ -33,9 +33,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_directory(tmp_path_factory.mktemp("runner") / "model")
 
 
-def only(results: list[SampledToken | None]) -> SampledToken:
-    (token,) = results
-    assert token is not None
+def only(results: list[SliceResult]) -> SampledToken:
+    ((token,),) = (result.tokens for result in results)
     return token
 
 
@@ -43,7 +42,7 @@ def prefill(runner: ModelRunner, *ends: int, blocks: list[int] = BLOCKS) -> Samp
     """Computes PROMPT in chunks that end at `ends` and at its own end; returns the sampled token."""
     start = 0
     for end in ends:
-        assert runner.run((make_slice(PROMPT[:end], start=start, blocks=blocks, sampling=None),)) == [None]
+        assert runner.run((make_slice(PROMPT[:end], start=start, blocks=blocks, sampling=None),)) == [SliceResult()]
         start = end
     return only(runner.run((make_slice(PROMPT, start=start, blocks=blocks, sampling=GREEDY),)))
 
@@ -114,15 +113,13 @@ def test_a_mixed_batch_equals_each_of_its_slices_alone(directory: Path) -> None:
     runner = make_runner(directory)
     prepare(runner)
     together = runner.run(make_mixed_slices())
-    assert [token is None for token in together] == [False, False, False, True]
+    assert [len(result.tokens) for result in together] == [1, 1, 1, 0]
     for part, expected in zip(make_mixed_slices(), together, strict=True):
         alone = make_runner(directory)
         prepare(alone)
-        (token,) = alone.run((part,))
-        if token is None or expected is None:
-            assert token is expected
-        else:
-            assert_same(token, expected)
+        (result,) = alone.run((part,))
+        for token, other in zip(result.tokens, expected.tokens, strict=True):
+            assert_same(token, other)
 
 
 def test_running_a_step_again_gives_the_same_tokens_and_bytes(directory: Path) -> None:

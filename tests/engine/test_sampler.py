@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.request import SampledToken, SamplingParams
-from engine.sampler import Draw, largest, sample
+from engine.sampler import largest, sample
+from engine.step import Draw
 from kernels.backend import select
 from tests.engine.model_directory import make_sampling
 
@@ -18,14 +19,14 @@ BACKEND = select("cpu")
 
 def draw(logits: list[float] | Tensor, sampling: SamplingParams, *, output_index: int = 0) -> SampledToken:
     row = torch.as_tensor(logits, dtype=torch.float32)
-    (token,) = sample(row[None], [Draw(sampling, output_index)], BACKEND)
+    ((token,),) = sample(row[None], [Draw(sampling, output_index)], BACKEND)
     return token
 
 
 def tokens(logits: list[float], count: int, sampling: SamplingParams) -> NDArray[np.int64]:
     """The tokens of `count` consecutive output positions, all with the same logits."""
     rows = torch.tensor([logits]).expand(count, -1)
-    return np.array([t.token_id for t in sample(rows, [Draw(sampling, i) for i in range(count)], BACKEND)])
+    return np.array([t.token_id for (t,) in sample(rows, [Draw(sampling, i) for i in range(count)], BACKEND)])
 
 
 def assert_distributed(drawn: NDArray[np.int64], probabilities: list[float]) -> None:
