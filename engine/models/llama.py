@@ -84,10 +84,10 @@ class Llama:
         )
 
     def forward(self, batch: Batch, pages: Tensor) -> Tensor:
-        """Computes all rows of `batch`, writes their keys and values into `pages`, returns the rows that sample.
+        """Computes all rows of `batch`, writes their keys and values into `pages`, returns its head rows.
 
-        pages: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]. Returns [num_sampled, hidden_size],
-        after the last norm.
+        pages: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]. Returns [len(batch.head_rows),
+        hidden_size], after the last norm.
         """
         ops, config, eps = self._ops, self._config, self._config.rms_norm_eps
         rotation = Rotation(self._cosines, self._sines, batch.positions)
@@ -101,7 +101,7 @@ class Llama:
             hidden = layer.o(attended.flatten(1), residual=hidden)
             inner = layer.gate_up(ops.rms_norm(hidden, layer.post_attention_norm, eps))
             hidden = layer.down(inner, residual=hidden)
-        return ops.rms_norm(hidden[batch.sample_rows], self._norm, eps)
+        return ops.rms_norm(hidden[batch.head_rows], self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores every token for rows that `forward` returned: [rows, vocab_size], float32 and not rounded to less."""

@@ -1,8 +1,11 @@
 """How slices become tensors, to the last number."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.batch import Batch
+from engine.step import Score
 from tests.engine.model_directory import make_sampling, make_slice
 
 
@@ -21,13 +24,37 @@ def test_slices_are_laid_out_one_after_another() -> None:
     assert batch.spans.query_starts.tolist() == [0, 1, 4, 8]
     assert batch.spans.context_lens.tolist() == [6, 3, 7]
     assert batch.spans.block_tables.tolist() == [[7, 3], [2, 0], [10, 0]]
-    assert batch.sample_rows.tolist() == [0, 7]
+    assert (batch.head_rows.tolist(), batch.num_drawn) == ([0, 7], 2)
 
 
 def test_blocks_that_were_taken_ahead_are_not_read() -> None:
     batch = Batch.from_slices((make_slice([1], start=0, blocks=[5, 6, 7], sampling=None),), block_size=4)
     assert batch.spans.block_tables.tolist() == [[5]]
-    assert batch.sample_rows.tolist() == []
+    assert (batch.head_rows.tolist(), batch.num_drawn) == ([], 0)
+
+
+def test_rows_that_draw_come_before_rows_that_are_scored() -> None:
+    first = make_slice([1, 2, 3], start=0, blocks=[0], sampling=make_sampling())
+    second = make_slice([4, 5, 6, 7], start=1, blocks=[1], sampling=None)
+    third = make_slice([8, 9], start=0, blocks=[2], sampling=make_sampling())
+    batch = Batch.from_slices(
+        (
+            replace(first, score=Score(targets=(2, 3), num_alternatives=0)),
+            replace(second, score=Score(targets=(6, 7, 8), num_alternatives=0)),
+            third,
+        ),
+        block_size=4,
+    )
+    assert batch.head_rows.tolist() == [2, 7, 0, 1, 3, 4, 5]
+    assert batch.num_drawn == 2
+
+
+def test_a_row_may_be_drawn_and_scored_and_none_has_two_targets() -> None:
+    part = make_slice([1, 2], start=0, blocks=[0], sampling=make_sampling())
+    batch = Batch.from_slices((replace(part, score=Score(targets=(2, 3), num_alternatives=0)),), block_size=4)
+    assert batch.head_rows.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="slice of request-0 has 3 targets for 2 tokens"):
+        Batch.from_slices((replace(part, score=Score(targets=(2, 3, 4), num_alternatives=0)),), block_size=4)
 
 
 @pytest.mark.parametrize(
