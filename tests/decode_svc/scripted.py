@@ -13,7 +13,7 @@ from decode_svc.decision import PeerView, PrefillPolicy
 from decode_svc.handoff import Handoff
 from decode_svc.peers import Peers, PeerSession
 from decode_svc.source import HandoffSource, Route
-from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady
+from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVQuiesced, KVReady
 from engine.request import Request, RequestId, RequestKind, SampledToken, SamplingParams
 from kvtransfer.checksum import head_checksums
 from kvtransfer.layout import BlockId, KVGroup, KVLayout
@@ -34,6 +34,8 @@ PROMPT = tuple(range(10, 17))  # a full block and one of three tokens
 REMOTE_IDS = (2, 0)
 LOCAL_IDS = (BlockId(1), BlockId(3))
 ATTEMPT = AttemptId(1)
+STOP = 99
+"""A token that ends its choice."""
 REQUEST_ID = RequestId("ab" * 16)
 
 
@@ -45,7 +47,7 @@ def make_request(prompt: tuple[int, ...] = PROMPT) -> Request:
         seed=0,
         max_tokens=5,
         min_tokens=0,
-        stop_token_ids=frozenset(),
+        stop_token_ids=frozenset({STOP}),
         num_logprobs=None,
     )
     return Request(REQUEST_ID, RequestKind.GENERATE, prompt, sampling, arrival=0)
@@ -113,7 +115,7 @@ class Script:
         self.session = PeerSession("prefill-0", cast(Any, self.pipe), reader, SelfTest("loopback", 1.0, 1))
         self.peers = FakePeers({"prefill-0": self.session})
         self.peers.refresh_views()
-        self.log: list[KVEvent | SampledToken] = []
+        self.log: list[KVEvent | tuple[SampledToken, ...]] = []
         self.num_held_tokens = self.num_announced_tokens = num_held_tokens
         self.num_grants = 0
         self.num_wrong_landings = 0
@@ -124,7 +126,7 @@ class Script:
             timeout_s=timeout_s,
             limit_s=limit_s,
             lease_s=30.0,
-            on_first_token=lambda request_id, token, reason: self.log.append(token),
+            on_first_tokens=lambda request_id, tokens: self.log.append(tokens),
             wake_engine=self._poll,
         )
         self.source.use(cast(Peers, self.peers))
@@ -187,9 +189,10 @@ class Script:
         )
         self.tell(chunk_ready=chunk)
 
-    def first_token(self, finish_reason: common_pb2.FinishReason.ValueType = 0) -> None:  # type: ignore[assignment]
-        token = common_pb2.Token(index=0, token_id=42)
-        self.tell(first_token=prefill_pb2.FirstToken(token=token, finish_reason=finish_reason))
+    def first_tokens(self, *token_ids: int) -> None:
+        """Sends the first token of each choice; of the one choice that there is unless the request says otherwise."""
+        tokens = [common_pb2.Token(index=0, token_id=token_id) for token_id in token_ids or (42,)]
+        self.tell(first_tokens=prefill_pb2.FirstTokens(tokens=tokens))
 
     def grant(self, attempt_id: AttemptId = ATTEMPT) -> None:
         self.num_grants += 1
@@ -220,7 +223,7 @@ class Script:
         """The log in short: "emit" and the events' names, KVLanded with its tokens."""
         return [
             "emit"
-            if isinstance(entry, SampledToken)
+            if isinstance(entry, tuple)
             else f"landed {entry.num_tokens}{' last' * entry.is_last}"
             if isinstance(entry, KVLanded)
             else type(entry).__name__[2:].lower()
@@ -231,9 +234,9 @@ class Script:
         """What must hold of an ended attempt, whatever happened in whatever order."""
         assert self.source.num_attempts() == 0
         assert self.session.handoffs == {}
-        assert len(self.events(SampledToken)) == len(self.events(KVFirstToken)) <= 1
-        if self.events(KVFirstToken):
-            assert self.kinds().index("emit") < self.kinds().index("firsttoken")
+        assert len(self.events(tuple)) == len(self.events(KVFirstTokens)) <= 1
+        if self.events(KVFirstTokens):
+            assert self.kinds().index("emit") < self.kinds().index("firsttokens")
         landed: list[KVLanded] = self.events(KVLanded)
         counts = [event.num_tokens for event in landed]
         assert counts == sorted(set(counts))

@@ -9,16 +9,16 @@ import pytest
 
 from decode_svc import handoff as handoff_module
 from decode_svc.handoff import Handoff, HandoffState
-from engine.cache.source import AttemptId, KVFailed, KVFirstToken, KVLanded, KVQuiesced, KVReady
-from engine.request import FinishReason, SampledToken
+from engine.cache.source import AttemptId, KVFailed, KVFirstTokens, KVLanded, KVQuiesced, KVReady
+from engine.request import SampledToken
 from kvtransfer.layout import BlockId
 from staffetta import failpoint
 from staffetta.errors import HandoffFailedError
 from staffetta.v1 import common_pb2
-from tests.decode_svc.scripted import ATTEMPT, LOCAL_IDS, PROMPT, Script
+from tests.decode_svc.scripted import ATTEMPT, LOCAL_IDS, PROMPT, STOP, Script
 from tests.rpc.in_loop import in_loop, until
 
-TOKEN = SampledToken(0, 42)
+TOKENS = (SampledToken(0, 42),)
 
 
 async def landed(script: Script, num_tokens: int) -> None:
@@ -44,14 +44,14 @@ async def test_the_ordinary_course() -> None:
     assert script.log == [KVReady(ATTEMPT)]
     script.grant()
     await landed(script, 4)
-    script.first_token()
+    script.first_tokens()
     script.chunk(1)
     await ended(script)
     assert script.log == [
         KVReady(ATTEMPT),
         KVLanded(ATTEMPT, 4, is_last=False),
-        TOKEN,
-        KVFirstToken(ATTEMPT, TOKEN, None),
+        TOKENS,
+        KVFirstTokens(ATTEMPT, TOKENS),
         KVLanded(ATTEMPT, 7, is_last=True),
     ]
     script.check(is_abandoned=False)
@@ -67,9 +67,9 @@ async def test_what_is_here_already_is_not_read() -> None:
     await script.begin()
     script.chunk(1)
     script.grant()
-    script.first_token()
+    script.first_tokens()
     await ended(script)
-    assert script.kinds() == ["ready", "emit", "firsttoken", "landed 7 last"]
+    assert script.kinds() == ["ready", "emit", "firsttokens", "landed 7 last"]
     assert script.local.block(LOCAL_IDS[0]) == bytes(len(script.local.block(LOCAL_IDS[0])))
     assert script.route.record.num_blocks == 1
 
@@ -79,10 +79,10 @@ async def test_both_blocks_in_one_chunk() -> None:
     script = Script()
     await script.begin()
     script.chunk(0, 1)
-    script.first_token()
+    script.first_tokens()
     script.grant()
     await ended(script)
-    assert script.kinds() == ["ready", "emit", "firsttoken", "landed 7 last"]
+    assert script.kinds() == ["ready", "emit", "firsttokens", "landed 7 last"]
 
 
 @in_loop
@@ -94,17 +94,18 @@ async def test_the_last_landing_waits_for_the_first_token() -> None:
     await until(lambda: script.route.record.landed_at is not None)
     await script.settle()
     assert script.kinds() == ["ready"]
-    script.first_token()
+    script.first_tokens()
     await ended(script)
-    assert script.kinds() == ["ready", "emit", "firsttoken", "landed 7 last"]
+    assert script.kinds() == ["ready", "emit", "firsttokens", "landed 7 last"]
 
 
 @in_loop
 async def test_a_first_token_that_ends_the_request_needs_no_landing() -> None:
     script = Script()
     await script.begin()
-    script.first_token(common_pb2.FINISH_REASON_STOP)
-    assert script.log == [TOKEN, KVFirstToken(ATTEMPT, TOKEN, FinishReason.STOP)]
+    script.first_tokens(STOP)
+    stop = (SampledToken(0, STOP),)
+    assert script.log == [stop, KVFirstTokens(ATTEMPT, stop)]
     script.abandon()  # as the engine does
     await ended(script)
     assert [(c.state, c.outcome) for c in script.source.counts()] == [("open", "done")]
@@ -115,7 +116,7 @@ async def test_a_first_token_that_ends_the_request_needs_no_landing() -> None:
 async def test_a_second_attempt_sends_no_second_token_and_tells_the_engine_again() -> None:
     script = Script()
     await script.begin()
-    script.first_token()
+    script.first_tokens()
     script.fail()
     await ended(script)
     second = AttemptId(2)
@@ -125,10 +126,10 @@ async def test_a_second_attempt_sends_no_second_token_and_tells_the_engine_again
     await until(lambda: script.route.record.landed_at is not None)
     await script.settle()
     assert KVLanded(second, 7, is_last=True) not in script.log  # the engine may have missed the first attempt's token
-    script.first_token()
+    script.first_tokens()
     await ended(script)
-    assert script.events(SampledToken) == [TOKEN]
-    assert script.events(KVFirstToken) == [KVFirstToken(ATTEMPT, TOKEN, None), KVFirstToken(second, TOKEN, None)]
+    assert script.events(tuple) == [TOKENS]
+    assert script.events(KVFirstTokens) == [KVFirstTokens(ATTEMPT, TOKENS), KVFirstTokens(second, TOKENS)]
     assert script.log[-1] == KVLanded(second, 7, is_last=True)
     assert script.route.record.num_failed == 1
 
@@ -138,9 +139,9 @@ async def test_the_first_token_is_sent_even_when_the_engine_gives_up_at_that_mom
     script = Script()
     await script.begin()
     script.abandon()
-    script.first_token()
+    script.first_tokens()
     await ended(script)
-    assert script.kinds() == ["emit", "firsttoken"]
+    assert script.kinds() == ["emit", "firsttokens"]
 
 
 # Bytes
@@ -213,7 +214,7 @@ async def test_empty_chunks_bring_nothing_and_do_no_harm() -> None:
     for _ in range(3):
         script.chunk()
     script.chunk(0, 1)
-    script.first_token()
+    script.first_tokens()
     await ended(script)
     assert script.log[-1] == KVLanded(ATTEMPT, 7, is_last=True)
 
@@ -228,7 +229,7 @@ async def test_a_test_can_spoil_what_was_verified() -> None:
         script.chunk(0)
         await landed(script, 4)
         script.chunk(1)
-        script.first_token()
+        script.first_tokens()
         await ended(script)
     finally:
         failpoint.arm(())
@@ -360,9 +361,9 @@ async def test_waiting_for_our_own_blocks_is_not_the_peers_delay(monkeypatch: py
     script = Script(timeout_s=0.05)
     await script.begin()
     script.chunk(0, 1)
-    script.first_token()
+    script.first_tokens()
     await asyncio.sleep(0.15)
-    assert script.kinds() == ["ready", "emit", "firsttoken"]
+    assert script.kinds() == ["ready", "emit", "firsttokens"]
     script.grant()
     await ended(script)
     assert script.log[-1] == KVLanded(ATTEMPT, 7, is_last=True)
@@ -426,7 +427,7 @@ async def test_late_events_of_an_ended_attempt_are_dropped(caplog: pytest.LogCap
     await ended(script)
     script.session.handoffs.clear()
     script.chunk(0)
-    script.first_token()
+    script.first_tokens()
     assert script.log == []
     script.session.release(handoff_id)
     assert script.pipe.commands() == ["start", "release"]

@@ -31,7 +31,7 @@ async def play(order: tuple[str, ...], *, settles: bool | tuple[bool, ...]) -> S
         "chunk 0": lambda: script.chunk(0),
         "chunk 1": lambda: script.chunk(1),
         "corrupt": lambda: script.chunk(entries=[replace(script.entry(1), head_checksums=(1, 2))]),
-        "token": script.first_token,
+        "token": script.first_tokens,
         "grant": script.grant,
         "fail": script.fail,
         "abandon": script.abandon,

@@ -258,7 +258,7 @@ async def test_a_token_that_a_hand_off_brought_is_not_sent_again() -> None:
         decode_servicer.on_output(StepOutput(1, (SequenceOutput(request_id, tokens=(first,)),)))
         decode_servicer.on_output(StepOutput(2, (SequenceOutput(request_id, tokens=(SampledToken(1, 9),)),)))
         await answer.until(lambda answer: len(answer.tokens) == 2)
-        ended = SequenceOutput(request_id, (first, SampledToken(2, 8)), finish_reason=FinishReason.STOP)
+        ended = SequenceOutput(request_id, tokens=(first, SampledToken(2, 8)), finish_reason=FinishReason.STOP)
         decode_servicer.on_output(StepOutput(3, (ended,)))
         await answer.ended()
         assert [token.index for token in answer.tokens] == [0, 1, 2]

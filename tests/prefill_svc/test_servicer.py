@@ -112,7 +112,7 @@ def test_the_chunks_describe_every_block_of_the_prompt_in_order(num_tokens: int)
         prompt = make_prompt(num_tokens)
         async with prefill_worker(max_batch_tokens=32) as worker, reader_of(worker) as reader:
             handoff_id = await reader.start(prompt)
-            events = await reader.until(handoff_id, "last", "first_token")
+            events = await reader.until(handoff_id, "last", "first_tokens")
             blocks = blocks_of(events)
             num_blocks = -(-num_tokens // 16)
             assert [block.block_index for block in blocks] == list(range(num_blocks))
@@ -152,7 +152,7 @@ def test_blocks_that_the_reader_holds_are_not_announced(num_tokens: int, num_hel
     async def run() -> None:
         async with prefill_worker() as worker, reader_of(worker) as reader:
             handoff_id = await reader.start(make_prompt(num_tokens), num_held_tokens=num_held)
-            events = await reader.until(handoff_id, "last", "first_token")
+            events = await reader.until(handoff_id, "last", "first_tokens")
             assert [block.block_index for block in blocks_of(events)] == indices
             (last,) = [event.chunk_ready for event in events if event.chunk_ready.is_last]
             assert last.num_ready_tokens == num_tokens
@@ -165,7 +165,7 @@ async def test_many_blocks_are_announced_in_messages_below_the_bound() -> None:
     async with prefill_worker() as worker, reader_of(worker) as reader:
         worker.service._announcer._blocks_per_message = 2  # type: ignore[attr-defined]
         handoff_id = await reader.start(make_prompt(100))
-        events = await reader.until(handoff_id, "last", "first_token")
+        events = await reader.until(handoff_id, "last", "first_tokens")
         sizes = [len(event.chunk_ready.blocks) for event in events if event.HasField("chunk_ready")]
         assert sizes == [2, 2, 2, 1]
 
@@ -176,7 +176,7 @@ async def test_many_first_tokens_of_one_step_are_split_over_messages(monkeypatch
     async with prefill_worker() as worker, reader_of(worker) as reader:
         ids = [await reader.start(make_prompt(3, seed=seed)) for seed in range(6)]
         for handoff_id in ids:
-            await reader.until(handoff_id, "last", "first_token")
+            await reader.until(handoff_id, "last", "first_tokens")
         assert reader.num_messages == len(reader.events)
 
 
@@ -188,16 +188,16 @@ async def test_a_prompt_in_parts_is_computed_when_it_is_whole() -> None:
         handoff_id = await reader.start(prompt[:20], num_prompt_tokens=50)
         part = prefill_pb2.AppendPrefillPrompt(handoff_id=handoff_id, token_ids=[1] * 30)
         await other.send(append_prompt=part)  # another session's: ignored
-        await other.until(await other.start(prompt), "first_token")
+        await other.until(await other.start(prompt), "first_tokens")
         for start in (20, 21, 50):
             end = {20: 21, 21: 50, 50: 50}[start]
             part = prefill_pb2.AppendPrefillPrompt(handoff_id=handoff_id, token_ids=prompt[start:end])
             await reader.send(append_prompt=part)
         tokens = [
-            event.first_token.token.token_id
+            event.first_tokens.tokens[0].token_id
             for each in (whole, handoff_id)
-            for event in await reader.until(each, "first_token", "last")
-            if event.HasField("first_token")
+            for event in await reader.until(each, "first_tokens", "last")
+            if event.HasField("first_tokens")
         ]
         assert tokens[0] == tokens[1]
 
@@ -275,7 +275,7 @@ async def test_a_start_that_makes_no_sense_fails_alone() -> None:
         too_long = await reader.start(make_prompt(20), num_prompt_tokens=100_000)
         (event,) = await reader.until(too_long, "failed")
         assert event.failed.reason == "CONTEXT_LENGTH_EXCEEDED"
-        await reader.until(good, "last", "first_token")
+        await reader.until(good, "last", "first_tokens")
         await reader.release(good)
         await until_idle(worker)
 
@@ -284,7 +284,7 @@ async def test_a_start_that_makes_no_sense_fails_alone() -> None:
 async def test_a_full_worker_refuses_and_a_draining_one_too() -> None:
     async with prefill_worker(max_requests=1) as worker, reader_of(worker) as reader:
         held = await reader.start(make_prompt(20))
-        await reader.until(held, "last", "first_token")
+        await reader.until(held, "last", "first_tokens")
         (event,) = await reader.until(await reader.start(make_prompt(20)), "failed")
         assert (event.failed.reason, event.failed.is_retryable) == ("QUEUE_FULL", True)
         worker.service.begin_drain()
@@ -305,12 +305,12 @@ async def test_a_chunk_that_gets_no_ticket_fails_its_own_hand_off() -> None:
     async with prefill_worker() as worker, reader_of(worker) as reader:
         worker.host.rank.tickets = TicketBook(max_tickets=1)
         first = await reader.start(make_prompt(20, seed=1))
-        await reader.until(first, "last", "first_token")
+        await reader.until(first, "last", "first_tokens")
         second = await reader.start(make_prompt(20, seed=2))
         events = await reader.until(second, "failed")
         assert events[-1].failed.reason == "RESOURCE_EXHAUSTED"
         await reader.release(first)
-        await reader.until(await reader.start(make_prompt(20, seed=3)), "last", "first_token")
+        await reader.until(await reader.start(make_prompt(20, seed=3)), "last", "first_tokens")
 
 
 # What is held, and until when
@@ -320,12 +320,12 @@ async def test_a_chunk_that_gets_no_ticket_fails_its_own_hand_off() -> None:
 async def test_blocks_are_held_until_they_are_released() -> None:
     async with prefill_worker() as worker, reader_of(worker) as reader, reader_of(worker) as other:
         handoff_id = await reader.start(make_prompt(100))
-        await reader.until(handoff_id, "last", "first_token")
+        await reader.until(handoff_id, "last", "first_tokens")
         counts = await worker.counts()
         assert (counts.held_blocks, counts.num_held) == (7, 1)
         await other.release(handoff_id)  # not its own: nothing happens
         await other.release("unknown")
-        await other.until(await other.start(make_prompt(5)), "first_token")
+        await other.until(await other.start(make_prompt(5)), "first_tokens")
         assert (await worker.counts()).held_blocks == 8
         for _ in range(2):
             await reader.release(handoff_id)
@@ -345,10 +345,10 @@ async def test_a_release_while_the_prompt_is_computed_frees_it_at_once() -> None
 async def test_a_session_that_breaks_frees_everything_it_had() -> None:
     async with prefill_worker(max_batch_tokens=16) as worker, reader_of(worker) as other:
         kept = await other.start(make_prompt(20, seed=9))
-        await other.until(kept, "last", "first_token")
+        await other.until(kept, "last", "first_tokens")
         async with reader_of(worker) as reader:
             held = await reader.start(make_prompt(50, seed=1))
-            await reader.until(held, "last", "first_token")
+            await reader.until(held, "last", "first_tokens")
             await reader.start(make_prompt(500, seed=2))
             await reader.start(make_prompt(10), num_prompt_tokens=20)
             (offer,) = reader.opened.transports
@@ -368,10 +368,10 @@ async def test_blocks_that_nobody_reads_are_freed_when_their_lease_ends(monkeypa
         long = await reader.start(make_prompt(50, seed=2), lease_s=30.0)
         nothing = await reader.start(make_prompt(32, seed=3), lease_s=0.05, num_held_tokens=32)
         for handoff_id in (short, nothing):
-            events = await reader.until(handoff_id, "first_token", "last", "failed")
+            events = await reader.until(handoff_id, "first_tokens", "last", "failed")
             assert events[-1].failed.reason == "HANDOFF_FAILED"
             assert events[-1].failed.message.startswith("the blocks were not read within their lease")
-        await reader.until(long, "last", "first_token")
+        await reader.until(long, "last", "first_tokens")
         assert worker.service.num_requests() == 1
         await until_counts(worker, lambda counts: counts.held_blocks == 4)
         await asyncio.sleep(0)
@@ -383,7 +383,7 @@ async def test_a_sign_of_life_renews_leases_up_to_the_bound(monkeypatch: pytest.
     monkeypatch.setattr(announcing, "LEASE_SWEEP_S", 0.01)
     async with prefill_worker() as worker, reader_of(worker) as reader:
         handoff_id = await reader.start(make_prompt(50, seed=1), lease_s=30.0)
-        await reader.until(handoff_id, "last", "first_token")
+        await reader.until(handoff_id, "last", "first_tokens")
         handoff = cast(PrefillService, worker.service)._announcer._handoffs[handoff_id]
         before = handoff.lease_ends
         await reader.send(heartbeat=common_pb2.Heartbeat())

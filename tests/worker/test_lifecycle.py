@@ -80,7 +80,7 @@ async def test_a_drain_waits_for_requests_as_long_as_it_may() -> None:
         reader = Reader(channel)
         await reader.open(Serving(worker))  # type: ignore[arg-type]
         handoff_id = await reader.start(make_prompt(40))
-        await reader.until(handoff_id, "last", "first_token")
+        await reader.until(handoff_id, "last", "first_tokens")
         started = asyncio.get_running_loop().time()
         os.kill(os.getpid(), signal.SIGTERM)
         events = await reader.until(handoff_id, "failed")
@@ -104,7 +104,7 @@ async def test_a_second_signal_ends_a_worker_at_once_with_one() -> None:
         reader = Reader(channel)
         await reader.open(Serving(process.worker))  # type: ignore[arg-type]
         handoff_id = await reader.start(make_prompt(40))
-        await reader.until(handoff_id, "last", "first_token")
+        await reader.until(handoff_id, "last", "first_tokens")
         os.kill(os.getpid(), signal.SIGTERM)
         await until(process.worker.is_draining)
         os.kill(os.getpid(), signal.SIGINT)
