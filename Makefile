@@ -8,7 +8,7 @@ PROTOS := $(wildcard proto/staffetta/v1/*.proto)
 STAMP  := $(VENV)/.installed
 KERNELS := kernels/cpu/build/libstaffetta_cpu.so
 
-.PHONY: setup run test same-tokens check proto proto-check
+.PHONY: setup run test same-tokens bench check proto proto-check
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -37,6 +37,9 @@ test: setup ## Runs the tests
 same-tokens: setup ## Proves that tokens and log-probabilities have the same bits in every way a request can run
 	@seed=$${SEED:-$$(shuf -i 1-1000000 -n 1)}; echo "seed $$seed"; \
 	  $(BIN)/python -m tests.same_tokens.system --full --seed $$seed
+
+bench: setup ## Measures kernels and W1-W4 on this machine beside its limits; BENCH="--quick" takes two minutes
+	@$(BIN)/python -m bench.run $(BENCH)
 
 check: setup proto-check ## Lint, security rules, formatting, strict types, layering
 	@$(BIN)/ruff check .

@@ -1,0 +1,124 @@
+"""What this machine can do at best, measured through torch: `python -m bench.limits`.
+
+The best of many short runs, because a limit is what nothing exceeds; on a shared host every other figure only tells of
+the neighbours. Rates are per second of wall time, in 10⁹ bytes or operations, a fused multiply-add counting as two.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from bench.machine import describe_machine
+from bench.table import format_table
+
+_READ_BYTES: Final = 2**29
+"""Far more than any cache holds."""
+_GEMM_SIZE: Final = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """One machine's limits, with `threads` threads where nothing else is said."""
+
+    threads: int
+    read_one_thread: float
+    """Bytes read from memory by one thread, 10⁹ per second."""
+    read: float
+    copy: float
+    """Bytes copied, each counted once."""
+    gemm_float32: float
+    gemm_bfloat16: float
+    gemm_int8: float
+
+
+def measure_limits(*, threads: int, seconds: float = 0.5) -> Limits:
+    """Measures everything, each probe for about `seconds`. Leaves torch's number of threads at `threads`."""
+    words = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
+    torch.set_num_threads(1)
+    read_one_thread = _read_rate(words, seconds)
+    torch.set_num_threads(threads)
+    read = _read_rate(words, seconds)
+    copy = _READ_BYTES / best_s(partial(torch.empty_like(words).copy_, words), seconds) / 1e9
+    return Limits(
+        threads=threads,
+        read_one_thread=read_one_thread,
+        read=max(read, read_one_thread),
+        copy=copy,
+        gemm_float32=_gemm_rate(torch.float32, seconds),
+        gemm_bfloat16=_gemm_rate(torch.bfloat16, seconds),
+        gemm_int8=_int8_rate(seconds),
+    )
+
+
+def best_s(function: Callable[[], object], seconds: float) -> float:
+    """The shortest of as many calls as fit into `seconds`, three at least, after one that is not counted."""
+    function()
+    shortest, count = float("inf"), 0
+    end = time.perf_counter() + seconds
+    while count < 3 or time.perf_counter() < end:
+        started = time.perf_counter()
+        function()
+        shortest = min(shortest, time.perf_counter() - started)
+        count += 1
+    return shortest
+
+
+def _read_rate(words: torch.Tensor, seconds: float) -> float:
+    """Two reductions that do next to nothing with what they read; whichever reads faster."""
+    floats = words.view(torch.float32)
+    took = min(best_s(words.sum, seconds / 2), best_s(lambda: torch.dot(floats, floats), seconds / 2))
+    return _READ_BYTES / took / 1e9
+
+
+def _gemm_rate(dtype: torch.dtype, seconds: float) -> float:
+    a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
+    return 2 * _GEMM_SIZE**3 / best_s(lambda: a @ b, seconds) / 1e9
+
+
+def _int8_rate(seconds: float) -> float:
+    """Both layouts of the second factor; torch is fast in one of them, depending on its build."""
+    a, b = (torch.randint(-127, 128, (_GEMM_SIZE, _GEMM_SIZE), dtype=torch.int8) for _ in range(2))
+    took = min(best_s(partial(torch._int_mm, a, second), seconds / 2) for second in (b, b.T))
+    return 2 * _GEMM_SIZE**3 / took / 1e9
+
+
+def limits_table(limits: Limits) -> str:
+    """The limits for people."""
+    threads = f"{limits.threads} threads"
+    rows = [
+        ("read, 1 thread", limits.read_one_thread, "GB/s"),
+        (f"read, {threads}", limits.read, "GB/s"),
+        (f"copy, {threads}", limits.copy, "GB/s"),
+        (f"GEMM float32, {threads}", limits.gemm_float32, "GFLOP/s"),
+        (f"GEMM bfloat16, {threads}", limits.gemm_bfloat16, "GFLOP/s"),
+        (f"GEMM int8, {threads}", limits.gemm_int8, "GOP/s"),
+    ]
+    return format_table(("limit", "rate", "unit"), rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the machine and its limits."""
+    from bench.result import write_result
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--threads", type=int, default=describe_machine().num_cores)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per probe")
+    parser.add_argument("--output", type=Path, help="file for the result as JSON")
+    options = parser.parse_args(argv)
+    limits = measure_limits(threads=options.threads, seconds=options.seconds)
+    print(limits_table(limits))
+    if options.output:
+        write_result(options.output, {"limits": dataclasses.asdict(limits)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
