@@ -16,16 +16,15 @@
 #pragma once
 #include <cstddef>
 
-#include "numeric.h"
+#include "attention_tile.h"
 #include "rules.h"
 #include "workspace.h"
 
 namespace STAFFETTA_ISA {
 
-constexpr int kTile = kLanes;
 constexpr int64_t kSplitTiles = 16;
 constexpr int64_t kBlockRows = kMaxGroup;  // query rows (tokens x heads of one KV head) that share a widened tile
-constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int64_t kInPlaceRows = 2 * kAttentionRows;  // of a block whose tiles are not worth widening beforehand
 
 // Running softmax of a block of rows: maximum and sum per row, weighted values [rows][padded head_dim].
 struct Running {
@@ -45,6 +44,8 @@ struct RowBlock {
   int64_t split_keys() const {
     return kSplitByCount ? ceil_div(ceil_div(context, 2), kTile) * kTile : kSplitTiles * kTile;
   }
+  int64_t num_strips() const { return ceil_div(rows, kAttentionRows); }
+  int64_t strip_begin(int64_t strip) const { return strip * rows / num_strips(); }
   int64_t first_split() const { return first_key(0) / split_keys(); }
   int64_t last_split() const { return position(rows - 1) / split_keys(); }
 };
@@ -77,141 +78,127 @@ inline void load_queries(const RowBlock& block, Tiles& tiles) {
   const int64_t dim = block.pages.head_dim, bytes = element_bytes(block.call.dtype);
   const Vec scale = splat(block.call.scale);
   float* row = tiles.raw_keys;
-  for (int64_t r = 0; r < block.rows; ++r) {
-    const int64_t head = block.kv_head * block.group + r % block.group, token = block.first_token + r / block.group;
-    const int64_t offset = token * block.call.query_token_stride + head * block.call.query_head_stride;
-    for (int64_t d = dim; d < block.padded_dim; ++d) row[d] = 0;
-    widen(block.call.dtype, static_cast<const char*>(block.call.query) + offset * bytes, dim, row);
-    const int64_t strip = r / kAttentionRows * kAttentionRows, rows = least(kAttentionRows, block.rows - strip);
-    float* to = tiles.query + strip * block.padded_dim + r - strip;
-    for (int64_t d = 0; d < block.padded_dim; d += kWidth) {
-      float scaled[kWidth];
-      store(scaled, mul(load(row + d), scale));
-      for (int i = 0; i < kWidth; ++i) to[(d + i) * rows] = scaled[i];
+  for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
+    const int64_t begin = block.strip_begin(strip), rows = block.strip_begin(strip + 1) - begin;
+    for (int64_t r = begin; r < begin + rows; ++r) {
+      const int64_t head = block.kv_head * block.group + r % block.group, token = block.first_token + r / block.group;
+      const int64_t offset = token * block.call.query_token_stride + head * block.call.query_head_stride;
+      for (int64_t d = dim; d < block.padded_dim; ++d) row[d] = 0;
+      widen(block.call.dtype, static_cast<const char*>(block.call.query) + offset * bytes, dim, row);
+      float* to = tiles.query + begin * block.padded_dim + r - begin;
+      for (int64_t d = 0; d < block.padded_dim; d += kWidth) {
+        float scaled[kWidth];
+        store(scaled, mul(load(row + d), scale));
+        for (int i = 0; i < kWidth; ++i) to[(d + i) * rows] = scaled[i];
+      }
     }
   }
 }
 
-// Widens a tile: keys turned to [padded head_dim][64], values as [64][padded head_dim]; zeros beyond the context.
+// The address of a position's key in bytes; its value lies value_stride elements on.
+inline const char* key_at(const RowBlock& block, int64_t position) {
+  const Pages& pages = block.pages;
+  const int64_t offset = block.table[position / pages.block_size] * pages.block_stride +
+                         block.kv_head * pages.head_stride + position % pages.block_size * pages.token_stride;
+  return static_cast<const char*>(pages.data) + offset * element_bytes(pages.dtype);
+}
+
+// Whether tiles can be used where they lie: whole stripes in a block, whole vectors in a row.
 template <class Type>
-void load_tile(const RowBlock& block, int64_t tile, Tiles& tiles) {
+bool is_in_place(const RowBlock& block) {
+  const Pages& pages = block.pages;
+  constexpr int64_t kBytes = sizeof(typename Type::Element);
+  return block.rows <= kInPlaceRows && !std::is_same_v<Type, F16> && pages.head_dim % 16 == 0 &&
+         pages.head_dim * kBytes >= kLine && pages.block_size % kStripe == 0 && pages.token_stride * kBytes % 4 == 0;
+}
+
+// A tile in the pages. Stripes beyond the context repeat the last.
+inline TileRows find_tile(const RowBlock& block, int64_t tile) {
+  const Pages& pages = block.pages;
+  const int64_t begin = tile * kTile, bytes = element_bytes(pages.dtype);
+  TileRows rows;
+  rows.token_bytes = pages.token_stride * bytes;
+  rows.stripes = ceil_div(least(kTile, block.context - begin), kStripe);
+  for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
+    rows.keys[stripe] = key_at(block, begin + least(stripe, rows.stripes - 1) * kStripe);
+    rows.values[stripe] = rows.keys[stripe] + pages.value_stride * bytes;
+  }
+  return rows;
+}
+
+// A tile widened into scratch, rows padded with zeros. What lies beyond the context is left as it was.
+template <class Type>
+TileRows widen_tile(const RowBlock& block, int64_t tile, Tiles& tiles) {
   const Pages& pages = block.pages;
   const int64_t dim = pages.head_dim, padded = block.padded_dim, begin = tile * kTile;
   const int64_t count = least(kTile, block.context - begin);
-  const auto* base = static_cast<const typename Type::Element*>(pages.data) + block.kv_head * pages.head_stride;
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t position = begin + j, block_id = block.table[position / pages.block_size];
-    const auto* key = base + block_id * pages.block_stride + position % pages.block_size * pages.token_stride;
+    const char* key = key_at(block, begin + j);
     widen<Type>(key, dim, tiles.raw_keys + j * padded);
-    widen<Type>(key + pages.value_stride, dim, tiles.values + j * padded);
+    widen<Type>(key + pages.value_stride * element_bytes(pages.dtype), dim, tiles.values + j * padded);
+    for (int64_t d = dim; d < padded; ++d) tiles.raw_keys[j * padded + d] = tiles.values[j * padded + d] = 0;
   }
-  if (padded != dim)
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t d = dim; d < padded; ++d) tiles.raw_keys[j * padded + d] = tiles.values[j * padded + d] = 0;
-  std::memset(tiles.raw_keys + count * padded, 0, (kTile - count) * padded * sizeof(float));
-  for (int64_t d = 0; d < padded; d += kWidth)
-    for (int64_t j = 0; j < kTile; j += kWidth)
-      transpose(tiles.raw_keys + j * padded + d, padded, tiles.keys + d * kTile + j, kTile);
+  TileRows rows;
+  rows.token_bytes = padded * sizeof(float);
+  rows.stripes = kStripes;
+  for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
+    rows.keys[stripe] = reinterpret_cast<const char*>(tiles.raw_keys + stripe * kStripe * padded);
+    rows.values[stripe] = reinterpret_cast<const char*>(tiles.values + stripe * kStripe * padded);
+  }
+  return rows;
 }
 
-// Scores of a strip of rows against the tile, into tiles.weights.
-template <int kRows>
-__attribute__((noinline)) void score(const RowBlock& block, int64_t strip, Tiles& tiles) {
-  constexpr int kVecs = 4;
-  const float* query = tiles.query + strip * block.padded_dim;
-  for (int j = 0; j < kTile; j += kVecs * kWidth) {
-    Vec sums[kRows][kVecs];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
-    chain<kRows, kVecs, 1>(sums, query, kRows, tiles.keys + j, kTile, 0, block.pages.head_dim);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) store(tiles.weights + (strip + r) * kTile + j + v * kWidth, sums[r][v]);
+// A strip of a block against a tile whose keys are turned. Type is that of the tile's rows.
+template <class Type, int kRows>
+void attend_strip(const RowBlock& block, int64_t strip, int64_t tile, const TileRows& rows, const char* const* next,
+                  Tiles& tiles) {
+  const int64_t begin = block.strip_begin(strip), dim = block.padded_dim;
+  int64_t lo[kRows], hi[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    lo[r] = most(0, block.first_key(begin + r) - tile * kTile);
+    hi[r] = least(kTile, block.position(begin + r) + 1 - tile * kTile);
   }
-}
-
-// Turns a row's scores into weights and brings its running maximum, sum and values up to them.
-// Keys [lo, hi) of the tile are visible; hi > lo.
-inline void soften(const RowBlock& block, int64_t row, int64_t lo, int64_t hi, Tiles& tiles) {
-  float* weights = tiles.weights + row * kTile;
-  Vec lanes[kLaneVecs];
-  if (block.call.soft_cap > 0) {
-    const Vec cap = splat(block.call.soft_cap);
-    for (int v = 0; v < kLaneVecs; ++v)
-      store(weights + v * kWidth, mul(cap, tanh(div(load(weights + v * kWidth), cap))));
+  if (hi[kRows - 1] <= 0 || lo[0] >= kTile) return;
+  float *weights = tiles.weights + begin * kTile, *values = tiles.split.values + begin * dim;
+  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, tiles.keys, block.pages.head_dim, weights);
+  for (int r = 0; r < kRows; ++r)
+    if (lo[r] < hi[r])
+      soften(weights + r * kTile, lo[r], hi[r], block.call.soft_cap,
+             {tiles.split.maximum[begin + r], tiles.split.sum[begin + r], values + r * dim}, dim);
+  // Rows go together over the keys that all of them see, each by itself before and after.
+  const int64_t shared_lo = lo[kRows - 1], shared_hi = hi[0];
+  const bool is_shared = shared_lo < shared_hi;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t end = is_shared ? shared_lo : hi[r];
+    if (lo[r] < end) weigh<Type, 1>(weights + r * kTile, rows, next, lo[r], end, values + r * dim, dim);
   }
-  for (int64_t j = 0; j < lo; ++j) weights[j] = kMinusInfinity;
-  for (int64_t j = hi; j < kTile; ++j) weights[j] = kMinusInfinity;
-  for (int v = 0; v < kLaneVecs; ++v) lanes[v] = load(weights + v * kWidth);
-  const float before = tiles.split.maximum[row], here = fold_max(lanes);
-  const float maximum = here > before || here != here ? here : before;  // a NaN must reach the logits, where it is found
-  for (int v = 0; v < kLaneVecs; ++v) {
-    lanes[v] = exp(sub(lanes[v], splat(maximum)));
-    store(weights + v * kWidth, lanes[v]);
-  }
-  const float shrink = exp(before - maximum);
-  tiles.split.maximum[row] = maximum;
-  tiles.split.sum[row] = first(fma(splat(tiles.split.sum[row]), splat(shrink), splat(fold_sum(lanes))));
-  float* values = tiles.split.values + row * block.padded_dim;
-  if (shrink != 1.0f)
-    for (int64_t d = 0; d < block.padded_dim; d += kWidth) store(values + d, mul(load(values + d), splat(shrink)));
-}
-
-// Carries the weighted values of rows [row, row + kRows) on over keys [lo, hi) of the tile.
-template <int kRows, int kVecs>
-int64_t weigh_columns(const RowBlock& block, int64_t row, int64_t d, int64_t lo, int64_t hi, Tiles& tiles) {
-  const int64_t dim = block.padded_dim;
-  for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
-    float* to = tiles.split.values + row * dim + d;
-    Vec sums[kRows][kVecs];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[r][v] = load(to + r * dim + v * kWidth);
-    chain<kRows, kVecs, kTile>(sums, tiles.weights + row * kTile, 1, tiles.values + d, dim, lo, hi);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) store(to + r * dim + v * kWidth, sums[r][v]);
-  }
-  return d;
-}
-template <int kRows>
-__attribute__((noinline)) void weigh(const RowBlock& block, int64_t row, int64_t lo, int64_t hi, Tiles& tiles) {
-  const int64_t wide = weigh_columns<kRows, 4>(block, row, 0, lo, hi, tiles);
-  weigh_columns<kRows, 1>(block, row, wide, lo, hi, tiles);
+  if (!is_shared) return;
+  weigh<Type, kRows>(weights, rows, next, shared_lo, shared_hi, values, dim);
+  for (int r = 0; r < kRows; ++r)
+    if (shared_hi < hi[r]) weigh<Type, 1>(weights + r * kTile, rows, next, shared_hi, hi[r], values + r * dim, dim);
 }
 
 // One split of one block of rows, into tiles.split.
 template <class Type>
 void compute_split(const RowBlock& block, int64_t split, Tiles& tiles) {
   reset(tiles.split, block.rows, block.padded_dim);
-  const int64_t keys = block.split_keys(), last = block.position(block.rows - 1);
+  const int64_t keys = block.split_keys(), end = block.position(block.rows - 1) + 1;
   const int64_t first_tile = most(split * keys, block.first_key(0)) / kTile;
-  const int64_t end_tile = least((split + 1) * keys, last + 1 + kTile - 1) / kTile;
+  const int64_t end_tile = ceil_div(least((split + 1) * keys, end), kTile);
+  const bool in_place = is_in_place<Type>(block);
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    load_tile<Type>(block, tile, tiles);
-    for (int64_t strip = 0; strip < block.rows; strip += kAttentionRows)
-      with_rows<kAttentionRows>(block.rows - strip, [&](auto count) {
+    const TileRows rows = in_place ? find_tile(block, tile) : widen_tile<Type>(block, tile, tiles);
+    const TileRows next = in_place && tile + 1 < ceil_div(end, kTile) ? find_tile(block, tile + 1) : rows;
+    const int64_t row_bytes = in_place ? block.pages.head_dim * element_bytes(block.pages.dtype) : rows.token_bytes;
+    turn_keys(rows, row_bytes, tiles.keys);
+    for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
+      const char* const* fetched = strip == 0 ? next.keys : rows.values;
+      with_rows<kAttentionRows>(block.strip_begin(strip + 1) - block.strip_begin(strip), [&](auto count) {
         constexpr int kRows = decltype(count)::value;
-        int64_t lo[kRows], hi[kRows];
-        bool is_whole = true;
-        for (int r = 0; r < kRows; ++r) {
-          lo[r] = most(0, block.first_key(strip + r) - tile * kTile);
-          hi[r] = least(kTile, block.position(strip + r) + 1 - tile * kTile);
-          is_whole &= lo[r] == 0 && hi[r] == kTile;
-        }
-        if (hi[kRows - 1] <= 0 || lo[0] >= kTile) return;
-        score<kRows>(block, strip, tiles);
-        for (int r = 0; r < kRows; ++r)
-          if (lo[r] < hi[r]) soften(block, strip + r, lo[r], hi[r], tiles);
-        if (is_whole) return weigh<kRows>(block, strip, 0, kTile, tiles);
-        for (int r = 0; r < kRows; ++r)
-          if (lo[r] < hi[r]) weigh<1>(block, strip + r, lo[r], hi[r], tiles);
+        if (in_place) return attend_strip<Type, kRows>(block, strip, tile, rows, fetched, tiles);
+        attend_strip<F32, kRows>(block, strip, tile, rows, fetched, tiles);
       });
+    }
   }
 }
 
