@@ -4,7 +4,8 @@ The runner decides nothing and remembers nothing between steps but the pool's by
 same ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -16,13 +17,16 @@ from engine.batch import Batch
 from engine.identity import numerics_digest
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
-from engine.sampler import sample
-from engine.step import SequenceSlice, SliceResult
+from engine.request import PromptToken
+from engine.sampler import Target, sample, score
+from engine.step import BlockCopy, SequenceSlice, SliceResult
 from engine.weights import TORCH_DTYPES, load_weights
 from kernels.backend import Backend, BackendUnavailableError, WeightFormat, select
 from kvtransfer.layout import KVLayout
 
 __all__ = ["BackendUnavailableError", "ModelRunner", "load_runner"]
+
+_SCORED_ROWS = 64
 
 
 def load_runner(
@@ -101,14 +105,48 @@ class ModelRunner:
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         """Computes one step, as `engine.step.Runner` says.
 
-        Raises ValueError or IndexError for a slice outside the model's vocabulary, positions or pool, ArithmeticError
-        for logits that are not finite; then some of the step's keys and values may be written, and running it again is
-        safe.
+        Blocks are copied before anything is computed. Raises ValueError or IndexError for a slice outside the model's
+        vocabulary, positions or pool, ArithmeticError for logits that are not finite; then some of the step's keys and
+        values may be written, and running it again is safe.
         """
         if not slices:
             return []
         batch = Batch.from_slices(slices, block_size=self._block_size)
+        self._copy_blocks([part.copy for part in slices if part.copy is not None])
         hidden = self._model.forward(batch, self._pages)
+        drawn, scored = hidden[: batch.num_drawn], hidden[batch.num_drawn :]
         draws = [part.draw for part in slices if part.draw is not None]
-        tokens = iter(sample(self._model.logits(hidden), draws, self._backend))
-        return [SliceResult() if part.draw is None else SliceResult(next(tokens)) for part in slices]
+        tokens = iter(sample(self._model.logits(drawn), draws, self._backend))
+        prompt_tokens = self._score(scored, [target for part in slices for target in _targets(part)])
+        return [
+            SliceResult(
+                () if part.draw is None else next(tokens),
+                () if part.score is None else tuple(islice(prompt_tokens, len(part.score.targets))),
+            )
+            for part in slices
+        ]
+
+    def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies whole pages, all layers. Raises IndexError for a block outside the pool; then nothing is written."""
+        for block_id in (block_id for copy in copies for block_id in copy):
+            if not 0 <= block_id < len(self._pages):
+                raise IndexError(f"block {block_id} to copy is outside the pool of {len(self._pages)}")
+        for source, destination in copies:
+            self._pages[destination].copy_(self._pages[source])
+
+    def _score(self, hidden: Tensor, targets: Sequence[Target]) -> Iterator[PromptToken]:
+        """Scores a prompt's tokens, few rows at a time: their logits are the largest tensor of a step.
+
+        hidden: [len(targets), hidden_size].
+        """
+        for begin in range(0, len(targets), _SCORED_ROWS):
+            tile = slice(begin, begin + _SCORED_ROWS)
+            yield from score(self._model.logits(hidden[tile]), targets[tile], self._backend)
+
+
+def _targets(part: SequenceSlice) -> list[Target]:
+    """What a slice's rows are to be scored against."""
+    if part.score is None:
+        return []
+    alternatives = part.score.num_alternatives
+    return [Target(part.start + i + 1, token_id, alternatives) for i, token_id in enumerate(part.score.targets)]

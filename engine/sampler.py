@@ -1,24 +1,34 @@
-"""From logits to tokens. A row's token is a function of its logits, its parameters and its output position alone.
+"""From logits to tokens, and to what was asked about them. A row's answer is a function of that row and request alone.
 
-Filters come in the order temperature, top-k, top-p (over what top-k left, renormalised), then one draw by Gumbel noise.
-Every tie goes to the lower token id. Log-probabilities are of the raw logits: before temperature, filters and masks.
+Which token is drawn and how likely one is, `kernels.sampling` says; here requests become draws and numbers become
+answers. Log-probabilities are of the raw logits: before penalties, masks, temperature and filters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
-from engine.philox import gumbel
-from engine.request import SampledToken
+from engine.request import PromptToken, SampledToken
 from engine.step import Draw
 from kernels.backend import Backend
+from kernels.sampling import Penalties, TokenDraw
 
 
-def _masks_stops(draw: Draw) -> bool:
-    """Whether stop tokens are out of the question because `min_tokens` is not reached."""
-    return draw.output_index < draw.sampling.min_tokens and bool(draw.sampling.stop_token_ids)
+class Likelihood(NamedTuple):
+    """How likely a token was, and the likeliest ones, falling, ties to the lower id."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Target(NamedTuple):
+    """A prompt's token to score against the logits of the position before, with so many of the likeliest beside it."""
+
+    position: int
+    token_id: int
+    num_alternatives: int
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tuple[SampledToken, ...]]:
@@ -27,69 +37,79 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tupl
     logits: [len(draws), vocab_size], float32, on the CPU; not written to. Raises ArithmeticError when a row has a NaN,
     an infinity, or nothing left to choose.
     """
-    values: NDArray[np.float32] = logits.numpy()
-    if len(draws) and not np.isfinite(values.max(axis=1)).all():
-        raise ArithmeticError("the model's logits are not finite")
-    tokens = np.empty(len(draws), dtype=np.int64)
-    greedy = [row for row, draw in enumerate(draws) if draw.sampling.temperature == 0 and not _masks_stops(draw)]
-    tokens[greedy] = backend.argmax(logits[greedy]).numpy()
-    for row in sorted(set(range(len(draws))).difference(greedy)):
-        tokens[row] = _choose(values[row], draws[row])
-    asking = [row for row, draw in enumerate(draws) if draw.sampling.num_logprobs is not None]
-    logprobs = dict(zip(asking, backend.log_softmax(logits[asking]), strict=True)) if asking else {}
+    parts = [(row, draw, choice) for row, draw in enumerate(draws) for choice in draw.choices]
+    token_ids = backend.sample(logits, [_token_draw(*part) for part in parts]).tolist()
+    asked = [
+        _Asked(row, token_id, draw.sampling.num_logprobs)
+        for (row, draw, _), token_id in zip(parts, token_ids, strict=True)
+    ]
+    tokens = iter(zip(token_ids, _likelihoods(logits, asked, backend), strict=True))
+    return [tuple(_token(draw.output_index, *next(tokens)) for _ in draw.choices) for draw in draws]
+
+
+def score(logits: Tensor, targets: Sequence[Target], backend: Backend) -> list[PromptToken]:
+    """Says how likely each target is under its row.
+
+    logits: [len(targets), vocab_size], as for `sample`. Raises ArithmeticError when a row has a NaN or an infinity.
+    """
+    asked = [_Asked(row, target.token_id, target.num_alternatives) for row, target in enumerate(targets)]
     return [
-        (_token(draw, token, logprobs.get(row), backend),)
-        for row, (draw, token) in enumerate(zip(draws, tokens.tolist(), strict=True))
+        PromptToken(target.position, target.token_id, likelihood.logprob, likelihood.top)
+        for target, likelihood in zip(targets, _likelihoods(logits, asked, backend), strict=True)
+        if likelihood is not None
     ]
 
 
-def _choose(logits: NDArray[np.float32], draw: Draw) -> int:
-    """Chooses one token of a row. logits: [vocab_size]."""
-    sampling = draw.sampling
-    scores = logits.astype(np.float64)
-    if _masks_stops(draw):
-        scores[[token for token in sampling.stop_token_ids if token < len(scores)]] = -np.inf
-        if scores.max() == -np.inf:
-            raise ArithmeticError("every token is a stop token and min_tokens is not reached")
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    scores /= sampling.temperature
-    kept = _kept(scores, top_k=sampling.top_k, top_p=sampling.top_p)
-    noise = gumbel(kept, seed=sampling.seed, choice=draw.choices[0], output_index=draw.output_index)
-    return int(kept[(scores[kept] + noise).argmax()])
+class _Asked(NamedTuple):
+    """`num_alternatives` None asks for nothing."""
+
+    row: int
+    token_id: int
+    num_alternatives: int | None
 
 
-def _kept(scores: NDArray[np.float64], *, top_k: int, top_p: float) -> NDArray[np.int64]:
-    """Ids that the filters keep, rising, at least one. scores: [vocab_size], logits over temperature."""
-    if top_k == 0 and top_p == 1.0:
-        return np.arange(len(scores))
-    ids = largest(scores, top_k or len(scores))
-    if top_p < 1.0:
-        cumulative = np.exp(scores[ids] - scores[ids[0]]).cumsum()
-        ids = ids[: int(np.searchsorted(cumulative, top_p * cumulative[-1])) + 1]
-    return np.sort(ids)
-
-
-def largest(values: NDArray[np.floating], count: int) -> NDArray[np.int64]:
-    """Indices of the `count` largest values (all, when there are fewer), falling; of equals the lower index first.
-
-    values: [n], without NaN.
-    """
-    candidates = np.arange(len(values))
-    if 0 < count < len(values):
-        threshold = np.partition(values, -count)[-count]
-        candidates = np.flatnonzero(values >= threshold)
-    return candidates[np.argsort(-values[candidates], kind="stable")[:count]]
-
-
-def _token(draw: Draw, token_id: int, logprobs: Tensor | None, backend: Backend) -> SampledToken:
-    """logprobs: [vocab_size], float32."""
-    if logprobs is None:
-        return SampledToken(draw.output_index, token_id)
-    (top,) = backend.largest(logprobs[None], draw.sampling.num_logprobs or 0)
-    return SampledToken(
+def _token_draw(row: int, draw: Draw, choice: int) -> TokenDraw:
+    sampling, penalties = draw.sampling, None
+    if sampling.is_penalised:
+        penalties = Penalties(
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+            draw.prompt_token_ids,
+            draw.output_token_ids,
+        )
+    return TokenDraw(
+        row,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.seed,
+        choice,
         draw.output_index,
-        token_id,
-        logprob=float(logprobs[token_id]),
-        top_logprobs=tuple(zip(top.tolist(), logprobs[top].tolist(), strict=True)),
+        tuple(sampling.stop_token_ids) if draw.output_index < sampling.min_tokens else (),
+        penalties,
     )
+
+
+def _likelihoods(logits: Tensor, asked: Sequence[_Asked], backend: Backend) -> Iterator[Likelihood | None]:
+    """One for each of `asked`, None for those that ask for nothing."""
+    asking = [part for part in asked if part.num_alternatives is not None]
+    if not asking:
+        return iter([None] * len(asked))
+    rows = torch.tensor([part.row for part in asking])
+    token_ids = torch.tensor([part.token_id for part in asking])
+    scores = backend.score_tokens(logits, rows, token_ids, max(part.num_alternatives or 0 for part in asking))
+    columns = zip(scores.logprobs.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
+    return (
+        None if part.num_alternatives is None else _likelihood(*next(columns), part.num_alternatives) for part in asked
+    )
+
+
+def _likelihood(logprob: float, top_ids: list[int], top_logprobs: list[float], count: int) -> Likelihood:
+    return Likelihood(logprob, tuple(zip(top_ids[:count], top_logprobs[:count], strict=True)))
+
+
+def _token(output_index: int, token_id: int, likelihood: Likelihood | None) -> SampledToken:
+    if likelihood is None:
+        return SampledToken(output_index, token_id)
+    return SampledToken(output_index, token_id, likelihood.logprob, likelihood.top)

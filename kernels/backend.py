@@ -5,6 +5,7 @@ within tolerance, and with themselves as their own docstrings promise. Choosing 
 nothing is loaded or built until it is chosen.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
@@ -12,6 +13,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from kernels.rope import Rope
+from kernels.sampling import TokenDraw, TokenScores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +71,8 @@ class Linear(Protocol):
 class Backend(Protocol):
     """What computes. Stateless: every call's result is a function of its arguments.
 
-    Contracts of the operations (shapes, formulas, order) are in `kernels.reference` under the same names.
+    Contracts of the operations (shapes, formulas, order) are in `kernels.reference` and, of the last two, in
+    `kernels.sampling` under the same names.
     """
 
     @property
@@ -127,6 +130,10 @@ class Backend(Protocol):
     def argmax(self, values: Tensor) -> Tensor: ...
 
     def largest(self, values: Tensor, count: int) -> Tensor: ...
+
+    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor: ...
+
+    def score_tokens(self, logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> TokenScores: ...
 
 
 def select(device: str, *, threads: int = 1) -> Backend:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from kernels.backend import Rotation, Spans, WeightFormat
 from kernels.rope import LinearScaling, Llama3Scaling, Rope
+from kernels.sampling import sample, score_tokens
 
 
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
@@ -301,3 +302,5 @@ class ReferenceBackend:
     log_softmax = staticmethod(log_softmax)
     argmax = staticmethod(argmax)
     largest = staticmethod(largest)
+    sample = staticmethod(sample)
+    score_tokens = staticmethod(score_tokens)

@@ -6,6 +6,7 @@ threads; the order that makes them so is in the sources under `src`, beside each
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels import sampling
 from kernels.backend import Rotation, Spans, WeightFormat
 from kernels.cpu import LIBRARY_PATH
 from kernels.cpu import library as abi
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
 from kernels.reference import rope_tables
 from kernels.rope import Rope
+from kernels.sampling import TokenDraw, TokenScores
 
 _PANEL = 32
 
@@ -283,6 +286,18 @@ class CpuBackend:
         out = torch.empty(len(values), min(count, values.shape[1]), dtype=torch.int64)
         self.library.staffetta_largest(self.threads, byref(matrix(values)), out.shape[1], out.data_ptr())
         return out
+
+    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
+        """See `kernels.sampling.sample`."""
+        return sampling.sample(logits, draws)
+
+    def score_tokens(self, logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> TokenScores:
+        """See `kernels.sampling.score_tokens`."""
+        logprobs = self.log_softmax(logits[rows])
+        if not logprobs.isfinite().all():
+            raise ArithmeticError("the model's logits are not finite")
+        top_ids = self.largest(logprobs, count)
+        return TokenScores(logprobs.gather(1, targets[:, None])[:, 0], top_ids, logprobs.gather(1, top_ids))
 
 
 def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:

@@ -1,18 +1,19 @@
 """Steps over a shared pool: chunks, batches, repeats, and what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.model_config import ModelConfig
-from engine.models.llama import tensor_shapes
-from engine.request import SampledToken
+from engine.models.llama import Llama, tensor_shapes
+from engine.request import SampledToken, SamplingParams
 from engine.runner import ModelRunner, load_runner
-from engine.step import SequenceSlice, SliceResult
+from engine.step import BlockCopy, Score, SequenceSlice, SliceResult
 from engine.weights import load_weights
 from kernels.backend import select
-from kvtransfer.layout import KVLayout
+from kvtransfer.layout import BlockId, KVLayout
 from tests.engine.model_directory import (
     BLOCK_SIZE,
     NUM_BLOCKS,
@@ -130,6 +131,98 @@ def test_running_a_step_again_gives_the_same_tokens_and_bytes(directory: Path) -
     after = bytes(pool)
     assert runner.run(make_mixed_slices()) == first
     assert bytes(pool) == after
+
+
+def test_all_choices_of_a_slice_are_drawn_from_its_logits(directory: Path) -> None:
+    part = make_slice(PROMPT, start=0, blocks=BLOCKS, sampling=make_sampling(temperature=1.5, seed=5))
+    (together,) = make_runner(directory).run((with_choices(part, (0, 1, 2, 3)),))
+    assert len({token.token_id for token in together.tokens}) > 1
+    for choice, token in enumerate(together.tokens):
+        assert make_runner(directory).run((with_choices(part, (choice,)),)) == [SliceResult((token,))]
+
+
+def with_choices(part: SequenceSlice, choices: tuple[int, ...]) -> SequenceSlice:
+    assert part.draw is not None
+    return replace(part, draw=replace(part.draw, choices=choices))
+
+
+def scored(start: int, end: int, *, sampling: SamplingParams | None = None, alternatives: int = 2) -> SequenceSlice:
+    """PROMPT[start:end], scored as far as the prompt goes."""
+    part = make_slice(PROMPT[:end], start=start, blocks=BLOCKS, sampling=sampling)
+    return replace(part, score=Score(targets=tuple(PROMPT[start + 1 : end + 1]), num_alternatives=alternatives))
+
+
+def test_a_prompts_tokens_are_scored_as_if_each_had_been_drawn(directory: Path) -> None:
+    (result,) = make_runner(directory).run((scored(0, len(PROMPT), sampling=GREEDY),))
+    assert [(token.position, token.token_id) for token in result.prompt_tokens] == list(enumerate(PROMPT))[1:]
+    for token in result.prompt_tokens:
+        prefix = make_slice(PROMPT[: token.position], start=0, blocks=BLOCKS, sampling=make_sampling(num_logprobs=97))
+        logprobs = dict(only(make_runner(directory).run((prefix,))).top_logprobs)
+        assert token.logprob == logprobs[token.token_id]
+        assert token.top_logprobs == tuple(logprobs.items())[:2]
+    assert result.tokens == (only(make_runner(directory).run((replace(scored(0, 30, sampling=GREEDY), score=None),))),)
+
+
+@pytest.mark.parametrize("ends", [(1,), (16,), (13, 14, 29), tuple(range(1, 30))], ids=str)
+def test_a_prompt_scored_in_chunks_has_the_same_bits(directory: Path, ends: tuple[int, ...]) -> None:
+    (whole,) = make_runner(directory).run((scored(0, len(PROMPT), sampling=GREEDY),))
+    runner, starts = make_runner(directory), (0, *ends)
+    chunks = [scored(start, end) for start, end in zip(starts, ends, strict=False)]
+    chunks.append(scored(starts[-1], len(PROMPT), sampling=GREEDY))
+    assert tuple(token for chunk in chunks for token in runner.run((chunk,))[0].prompt_tokens) == whole.prompt_tokens
+
+
+def test_logits_of_scored_rows_are_made_few_at_a_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = make_runner(directory).run((scored(0, len(PROMPT)), scored(0, 7, alternatives=0)))[:1]
+    heights: list[int] = []
+
+    class Watched(Llama):
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            heights.append(len(hidden))
+            return super().logits(hidden)
+
+    monkeypatch.setattr("engine.runner._SCORED_ROWS", 5)
+    monkeypatch.setattr("engine.runner.Llama", Watched)
+    tiled = make_runner(directory).run((scored(0, len(PROMPT)), scored(0, 7, alternatives=0)))
+    assert heights == [0, 5, 5, 5, 5, 5, 5, 5, 1]
+    assert tiled[0] == whole
+    assert [token.position for token in tiled[1].prompt_tokens] == [1, 2, 3, 4, 5, 6, 7]
+    assert {token.top_logprobs for token in tiled[1].prompt_tokens} == {()}
+
+
+def test_blocks_are_copied_before_anything_is_computed(directory: Path) -> None:
+    # Two choices part after 30 tokens, in the middle of block 1: one copies it to 77, the other writes on in place.
+    expected_runner = make_runner(directory)
+    prefill(expected_runner)
+    first = make_slice([*PROMPT, 5], start=30, blocks=BLOCKS, sampling=GREEDY, output_index=1)
+    second = make_slice([*PROMPT, 8], start=30, blocks=[*BLOCKS[:-1], 77], sampling=GREEDY, output_index=1)
+    expected = expected_runner.run((first,))
+    pool = bytearray(make_pool_bytes(directory))
+    runner = make_runner(directory, pool=pool)
+    prefill(runner)
+    copying = replace(second, copy=BlockCopy(BlockId(1), BlockId(77)))
+    results = runner.run((first, copying))
+    assert results[0] == expected[0]
+    assert results[1] != expected[0]
+    alone = make_runner(directory)
+    prefill(alone)
+    assert alone.run((replace(second, block_ids=first.block_ids),)) == [results[1]]
+    after = bytes(pool)
+    assert runner.run((copying,)) == [results[1]]
+    assert runner.run((first, copying)) == results
+    assert bytes(pool) == after
+
+
+def test_a_copy_outside_the_pool_is_refused_before_a_block_is_written(directory: Path) -> None:
+    pool = bytearray(make_pool_bytes(directory))
+    runner = make_runner(directory, pool=pool)
+    prefill(runner)
+    before = bytes(pool)
+    part = make_slice([*PROMPT, 8], start=30, blocks=BLOCKS, sampling=GREEDY)
+    for copy in (BlockCopy(BlockId(9), BlockId(NUM_BLOCKS)), BlockCopy(BlockId(-1), BlockId(3))):
+        with pytest.raises(IndexError, match=f"is outside the pool of {NUM_BLOCKS}"):
+            runner.run((replace(part, copy=BlockCopy(BlockId(9), BlockId(3))), replace(part, copy=copy)))
+    assert bytes(pool) == before
 
 
 def test_garbage_in_unwritten_slots_reaches_no_result(directory: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from engine.philox import gumbel, philox4x32, uniform
+from kernels.philox import gumbel, philox4x32, uniform
 
 ALL = 0xFFFFFFFF
 # Known-answer vectors of the Random123 distribution: counter, key, result.
@@ -64,7 +64,7 @@ def test_uniform_is_uniform_and_never_0_or_1() -> None:
 
 def test_extreme_words_still_make_numbers_inside_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in (0, ALL):
-        monkeypatch.setattr("engine.philox.philox4x32", lambda *_, w=word: np.full((4, 1), w, dtype=np.uint64))
+        monkeypatch.setattr("kernels.philox.philox4x32", lambda *_, w=word: np.full((4, 1), w, dtype=np.uint64))
         assert 0 < uniform(np.array([0]), seed=0, choice=0, output_index=0)[0] < 1
         assert np.isfinite(gumbel(np.array([0]), seed=0, choice=0, output_index=0)).all()
 
