@@ -4,18 +4,23 @@ Event loop only; times are monotonic. It never talks to the engine: the servicer
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from decode_svc.handoff import HandoffRecord
-from engine.request import RequestId, SampledToken, SequenceOutput
+from engine.request import FinishReason, PromptToken, RequestId, SampledToken, SequenceOutput
+from staffetta.errors import StaffettaError
 from staffetta.rpc.session import SessionPipe
 from staffetta.rpc.status import failure_of
 from staffetta.v1 import common_pb2, decode_pb2
 from worker.admission import PromptParts
-from worker.codec import finish_reason_to_proto, token_to_proto
+from worker.codec import finish_reason_to_proto, prompt_token_parts, token_to_proto
 
 EVENTS_PER_MESSAGE = 64
-"""64 events with 20 alternatives for each token stay below the message bound."""
+"""64 events with 20 alternatives for each token stay below the message bound.
+
+A prompt's log-probabilities have messages of their own.
+"""
 
 Pipe = SessionPipe[decode_pb2.DecodeSessionRequest, decode_pb2.DecodeSessionResponse]
 
@@ -35,41 +40,113 @@ class GatewaySession:
             step = decode_pb2.StepEvents(events=events[first : first + EVENTS_PER_MESSAGE])
             self.pipe.send(decode_pb2.DecodeSessionResponse(step=step))
 
+    def send_prompt(self, request_id: RequestId, choice_index: int, tokens: Sequence[PromptToken]) -> None:
+        """Queues log-probabilities of a prompt in messages below the bound, in order."""
+        for part in prompt_token_parts(tokens):
+            self.send([decode_pb2.SequenceEvent(request_id=request_id, choice_index=choice_index, prompt_tokens=part)])
+
+
+@dataclass(slots=True, eq=False)
+class _Choice:
+    """What of a choice that has not ended was sent."""
+
+    next_index: int
+    """The output position of the next token to send. The engine draws those before it again when it gave up the
+    hand-off that brought them."""
+    handed_over: SampledToken | None = None
+    """The first token, when a hand-off brought it."""
+
 
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
-    """One request that has not ended. Times are monotonic."""
+    """One request until each of its choices has ended. Times are monotonic."""
 
     session: GatewaySession
     start: decode_pb2.StartRequest
+    choices: tuple[int, ...]
+    record: HandoffRecord
+    """What its hand-offs did so far."""
+    decode_worker: str
     started_at: float
     prompt: PromptParts | None = None
+    """None once the engine has it."""
     first_token_at: float | None = None
-    handed_over: SampledToken | None = None
-    """The token that a hand-off brought and that was sent at once."""
+    _next_position: int = 1
+    """The prompt's next token whose log-probability is to be sent."""
+    _open: dict[int, _Choice] = field(init=False)
+    """The choices that have not ended."""
 
-    def unsent(self, tokens: tuple[SampledToken, ...]) -> list[common_pb2.Token]:
-        """`tokens` without the one sent already: the engine draws it again if the hand-off was given up meanwhile."""
-        sent = self.handed_over
-        return [token_to_proto(token) for token in tokens if sent is None or token.index != sent.index]
+    def __post_init__(self) -> None:
+        self._open = {choice_index: _Choice(self.start.first_token_index) for choice_index in self.choices}
 
-    def contradicts(self, tokens: tuple[SampledToken, ...]) -> bool:
+    @property
+    def open_choices(self) -> tuple[int, ...]:
+        """The choices that have not ended; without one the request is over."""
+        return tuple(self._open)
+
+    def send_prompt(self, tokens: tuple[PromptToken, ...]) -> None:
+        """Sends those of the prompt's tokens that are news: whoever computes the prompt again scores it again."""
+        unsent = [token for token in tokens if token.position >= self._next_position]
+        self._next_position += len(unsent)
+        self.session.send_prompt(RequestId(self.start.request_id), self.choices[0], unsent)
+
+    def hand_over(self, tokens: tuple[SampledToken, ...]) -> list[decode_pb2.SequenceEvent]:
+        """The events of first tokens that a hand-off brought, one for each choice."""
+        events: list[decode_pb2.SequenceEvent] = []
+        for choice_index, token in zip(self.choices, tokens, strict=True):
+            choice = self._open.get(choice_index)
+            if choice is not None and (unsent := self._unsent(choice, (token,))):
+                choice.handed_over = token
+                events.append(self._event(choice_index, unsent))
+        return events
+
+    def contradicts(self, output: SequenceOutput) -> bool:
         """Whether the engine drew another token where one was sent already: what follows would not fit the client's."""
-        sent = self.handed_over
-        return sent is not None and any(t.index == sent.index and t.token_id != sent.token_id for t in tokens)
+        choice = self._open.get(output.choice_index)
+        sent = None if choice is None else choice.handed_over
+        return sent is not None and any(t.index == sent.index and t.token_id != sent.token_id for t in output.tokens)
 
-    def ending(
-        self, sequence: SequenceOutput, record: HandoffRecord, *, decode_worker: str
-    ) -> decode_pb2.SequenceEvent:
-        """The request's last event: its last tokens, how it ended, and what it took."""
+    def take(self, output: SequenceOutput) -> decode_pb2.SequenceEvent | None:
+        """The event for one choice's news of a step, which may be its last; None when there is nothing to send."""
+        choice = self._open.get(output.choice_index)
+        if choice is None:
+            return None
+        tokens = self._unsent(choice, output.tokens)
+        if output.finish_reason is not None:
+            del self._open[output.choice_index]
+            return self._ending(output, tokens)
+        return self._event(output.choice_index, tokens) if tokens else None
+
+    def end(self, reason: FinishReason, error: StaffettaError | None = None) -> list[decode_pb2.SequenceEvent]:
+        """The endings of all choices that have none."""
+        request_id = RequestId(self.start.request_id)
+        outputs = [SequenceOutput(request_id, index, finish_reason=reason, error=error) for index in self._open]
+        self._open.clear()
+        return [self._ending(output, []) for output in outputs]
+
+    def _unsent(self, choice: _Choice, tokens: tuple[SampledToken, ...]) -> list[common_pb2.Token]:
+        """Those of `tokens` that are news, and are none from now on. Notes the time of the request's first."""
+        unsent = [token for token in tokens if token.index >= choice.next_index]
+        choice.next_index += len(unsent)
+        if unsent and self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        return [token_to_proto(token) for token in unsent]
+
+    def _event(self, choice_index: int, tokens: list[common_pb2.Token]) -> decode_pb2.SequenceEvent:
+        return decode_pb2.SequenceEvent(request_id=self.start.request_id, choice_index=choice_index, tokens=tokens)
+
+    def _ending(self, output: SequenceOutput, tokens: list[common_pb2.Token]) -> decode_pb2.SequenceEvent:
+        """A choice's last event: its last tokens, how it ended, and what it took."""
+        record = self.record
         event = decode_pb2.SequenceEvent(
-            request_id=sequence.request_id,
-            tokens=self.unsent(sequence.tokens),
-            finish_reason=finish_reason_to_proto(sequence.finish_reason),
+            request_id=output.request_id,
+            choice_index=output.choice_index,
+            tokens=tokens,
+            finish_reason=finish_reason_to_proto(output.finish_reason),
             summary=decode_pb2.SequenceSummary(
                 handoff=common_pb2.HandoffReport(
                     prefill_worker=record.prefill_worker,
-                    decode_worker=decode_worker,
+                    decode_worker=self.decode_worker,
                     transport=record.transport,
                     handoff_bytes=record.num_bytes,
                     handoff_blocks=record.num_blocks,
@@ -78,9 +155,9 @@ class ActiveRequest:
                 )
             ),
         )
-        if sequence.error is not None:
-            event.failure.CopyFrom(failure_of(sequence.error))
-        if (stats := sequence.stats) is not None:
+        if output.error is not None:
+            event.failure.CopyFrom(failure_of(output.error))
+        if (stats := output.stats) is not None:
             event.summary.cached_tokens = stats.num_cached_tokens
             event.summary.num_preemptions = stats.num_preemptions
             event.summary.recomputed_tokens = stats.num_recomputed_tokens

@@ -22,14 +22,14 @@ from typing import Any
 
 from decode_svc.reading import PROGRESS_CHECK_S, ChunkReader, Grant, Peer
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVQuiesced, KVReady
-from engine.request import Request, SampledToken
+from engine.request import PromptToken, Request, SampledToken
 from kvtransfer.layout import BlockId, KVGroup
 from kvtransfer.memory import PoolMemory
 from staffetta import failpoint
 from staffetta.errors import CorruptBlockError, HandoffFailedError, ProtocolError, StaffettaError
 from staffetta.hashing import BlockHash
 from staffetta.v1 import prefill_pb2
-from worker.codec import token_from_proto
+from worker.codec import prompt_token_from_proto, token_from_proto
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class Handoff:
     """Hands an event to the engine thread."""
     emit: Callable[[tuple[SampledToken, ...]], None]
     """Sends the first token of each choice to the client; must precede their KVFirstTokens."""
+    emit_prompt: Callable[[tuple[PromptToken, ...]], None]
+    """Sends the prompt's log-probabilities to the client, which may have those of an earlier attempt."""
     may_recover: bool
     """Whether the request goes on when this attempt fails."""
 
@@ -98,6 +100,8 @@ class Handoff:
     _grant: Grant | None = None
     _is_announced: bool = False
     _has_first_tokens: bool = False
+    _num_scored: int = 1
+    """Leading prompt tokens whose log-probabilities have come; the first has none."""
     _reader: ChunkReader = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,6 +123,19 @@ class Handoff:
             self._is_announced = True
             self.post(KVReady(self.attempt_id))
 
+    def on_prompt_logprobs(self, message: prefill_pb2.PromptLogprobs) -> None:
+        """Log-probabilities of the prompt's next tokens go to the client at once."""
+        tokens = tuple(prompt_token_from_proto(token) for token in message.tokens)
+        first, self._num_scored = self._num_scored, self._num_scored + len(tokens)
+        wanted = enumerate(self.request.prompt_token_ids[first : self._num_scored], start=first)
+        is_asked = self._num_scored <= self._num_to_score
+        if not is_asked or [(token.position, token.token_id) for token in tokens] != list(wanted):
+            self.stop(
+                ProtocolError(f"log-probabilities came that are not those of the prompt from position {first} on")
+            )
+            return
+        self.emit_prompt(tokens)
+
     def on_first_tokens(self, message: prefill_pb2.FirstTokens) -> None:
         """The first token of each choice goes to the client at once, KV in flight or not.
 
@@ -129,15 +146,18 @@ class Handoff:
         if [token.index for token in message.tokens] != wanted:
             self.stop(ProtocolError(f"{len(message.tokens)} first tokens came for {len(wanted)} choices"))
             return
+        if self._num_scored != self._num_to_score:
+            self.stop(ProtocolError(f"first tokens came with {self._num_scored} prompt tokens scored"))
+            return
         tokens = tuple(token_from_proto(token) for token in message.tokens)
         if self.record.first_token_at is None:
             self.record.first_token_at = time.monotonic()
             self.record.prefill_cached_tokens = message.cached_tokens
             self.record.prefill_queue_s = message.queue_s
             self.emit(tokens)
-        if all(self.request.sampling.finish_reason(token) for token in tokens):
-            self.is_answered = True
-            self.record.prefill_worker = self.peer.worker_id
+        # Known from here on, for the choices that end before the KV has landed.
+        self.record.prefill_worker = self.peer.worker_id
+        self.is_answered = all(self.request.sampling.finish_reason(token) for token in tokens)
         self._has_first_tokens = True
         self.post(KVFirstTokens(self.attempt_id, tokens))
         self._news.set()
@@ -153,6 +173,12 @@ class Handoff:
         """Ends the attempt: with an error it has failed, without one it is no longer wanted. Idempotent."""
         if not self._stopped.done():
             self._stopped.set_result(error)
+
+    @property
+    def _num_to_score(self) -> int:
+        """What `_num_scored` comes to when all has come that is wanted; what was generated before a restart is not."""
+        is_asked = self.request.sampling.num_prompt_logprobs is not None
+        return len(self.request.prompt_token_ids) - self.request.first_token_index if is_asked else 1
 
     # The attempt's own course
 
@@ -194,7 +220,7 @@ class Handoff:
                 break
             self.post(KVLanded(self.attempt_id, num_landed, is_last=False))
         self.record.landed_at = time.monotonic()
-        self.record.prefill_worker, self.record.transport = self.peer.worker_id, self.peer.transport
+        self.record.transport = self.peer.transport
         self.record.num_bytes, self.record.num_blocks = self._reader.num_bytes, self._reader.num_blocks
         while not self._has_first_tokens:
             await self._wait_for_news()
@@ -230,6 +256,8 @@ class Handoff:
 
     def _end(self, error: StaffettaError | None) -> None:
         self.ended_in = self.state
+        if not self.is_answered:
+            self.record.prefill_worker = ""
         if error is None:
             self.state = HandoffState.ABANDONED
             return

@@ -28,6 +28,7 @@ class DecodeService:
             limit_s=config.handoff_limit_s,
             lease_s=config.lease_s,
             on_first_tokens=self._servicer.on_first_tokens,
+            on_prompt_tokens=self._servicer.on_prompt_tokens,
             wake_engine=lambda: rank.engine_thread.wake(),
         )
         self._servicer.use(self._source)

@@ -103,6 +103,8 @@ class PeerSession:
             match event.WhichOneof("event"):
                 case "chunk_ready":
                     handoff.on_chunk(event.chunk_ready)
+                case "prompt_logprobs":
+                    handoff.on_prompt_logprobs(event.prompt_logprobs)
                 case "first_tokens":
                     handoff.on_first_tokens(event.first_tokens)
                 case "failed":

@@ -3,10 +3,10 @@
 The life of a request, seen from here:
 
 1. `StartRequest` (and `AppendPrompt` for long prompts) arrives; it is validated again and goes to the engine.
-2. The engine prefills it or asks the `HandoffSource`; a first token from a prefill worker leaves through
-   `on_first_tokens` while its KV is still in flight.
+2. The engine prefills it or asks the `HandoffSource`; what a prefill worker sends, log-probabilities of the prompt and
+   the first token of each choice, leaves at once, while its KV is still in flight.
 3. The output of every step comes back to the event loop and leaves as one message per session.
-4. `Grant` lets it go on, `CancelRequest` or the session's end stops it; exactly one event carries its ending.
+4. `Grant` lets a choice go on, `CancelRequest` or the session's end stops all; one event carries each choice's ending.
 
 It never decides about tokens and never waits for a gateway to read.
 """
@@ -26,11 +26,11 @@ from decode_svc.active import ActiveRequest, GatewaySession, Pipe
 from decode_svc.source import HandoffSource, Route
 from engine.request import (
     FinishReason,
+    PromptToken,
     Request,
     RequestId,
     RequestKind,
     SampledToken,
-    SequenceOutput,
     StepOutput,
 )
 from staffetta import validate
@@ -46,7 +46,7 @@ from staffetta.rpc.session import SessionPipe
 from staffetta.rpc.status import public_error
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc
 from worker.admission import PromptParts
-from worker.codec import sampling_from_proto, token_to_proto
+from worker.codec import choices_from_proto, sampling_from_proto
 from worker.pairing import check_protocol
 from worker.rank import Rank
 from worker.sessions import serve_session
@@ -121,7 +121,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def _close(self, session: GatewaySession) -> None:
         self._sessions.discard(session)
         for request_id in tuple(session.request_ids):
-            self._forget(request_id)
+            self._forget(self._active[request_id])
             self._cancel(request_id)
         log.info("session %s of gateway %s ended", session.session_id, session.gateway_id)
 
@@ -157,20 +157,27 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         request_id = RequestId(start.request_id)
         if request_id in self._active:
             raise ProtocolError(f"request {request_id} was started twice")
-        active = ActiveRequest(session, start, time.monotonic())
-        self._active[request_id] = active
-        session.request_ids.add(request_id)
         route = Route(
             preferred=start.prefill_worker,
             may_recover=start.on_prefill_failure != common_pb2.PREFILL_FAILURE_POLICY_FAIL,
             sampling=start.sampling,
         )
+        choices = choices_from_proto(
+            start.sampling, first_token_index=start.first_token_index, choice_index=start.choice_index
+        )
+        active = ActiveRequest(
+            session, start, choices, route.record, self._rank.identity.worker_id, started_at=time.monotonic()
+        )
+        self._active[request_id] = active
+        session.request_ids.add(request_id)
         self.source.add_route(request_id, route)
         try:
             if self._is_draining:
                 raise DrainingError(f"{self._rank.identity.worker_id} is draining; another worker can take the request")
-            if len(self._active) > self._max_requests:
-                raise QueueFullError(f"the decode worker holds {self._max_requests} requests already; retry later")
+            if (num_choices := self.num_choices()) > self._max_requests:
+                raise QueueFullError(
+                    f"{num_choices} choices would be held here, {self._max_requests} may be; retry later"
+                )
             validate.check_start(start, self._rank.request_limits)
             active.prompt = PromptParts(start.num_prompt_tokens, start.token_ids, self._rank.request_limits)
         except StaffettaError as error:
@@ -204,6 +211,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             priority=start.priority,
             credit=start.credit,
             first_token_index=start.first_token_index,
+            choices=active.choices,
         )
         active.prompt = None
         added = self._rank.engine_thread.call(lambda engine: engine.add(request))
@@ -215,14 +223,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _grant(self, session: GatewaySession, grant: decode_pb2.Grant) -> None:
         request_id = RequestId(grant.request_id)
-        if request_id in session.request_ids:
-            self._rank.engine_thread.submit(lambda engine: engine.grant(request_id, grant.tokens))
+        if request_id in session.request_ids and grant.choice_index in self._active[request_id].choices:
+            choice_index, tokens = grant.choice_index, grant.tokens
+            self._rank.engine_thread.submit(lambda engine: engine.grant(request_id, choice_index, tokens))
 
     def _cancel(self, request_id: RequestId) -> None:
         active = self._active.get(request_id)
         if active is not None and active.prompt is not None:
             # The engine never heard of it: parts of its prompt are still missing.
-            self._finish(request_id, SequenceOutput(request_id, finish_reason=FinishReason.CANCELLED))
+            self._end(active, FinishReason.CANCELLED)
             return
         self._rank.engine_thread.submit(lambda engine: engine.cancel(request_id))
 
@@ -236,59 +245,61 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Sends a prefill worker's first tokens at once. Endings, where one is, follow from the engine."""
         active = self._active.get(request_id)
         if active is not None:
-            (token,) = tokens
-            active.first_token_at = time.monotonic()
-            active.handed_over = token
-            event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[token_to_proto(token)])
-            active.session.send([event])
+            active.session.send(active.hand_over(tokens))
+
+    def on_prompt_tokens(self, request_id: RequestId, tokens: tuple[PromptToken, ...]) -> None:
+        """Sends the prompt's log-probabilities, as a prefill worker computed them, at once."""
+        active = self._active.get(request_id)
+        if active is not None:
+            active.send_prompt(tokens)
 
     def _dispatch(self, output: StepOutput) -> None:
         events: dict[GatewaySession, list[decode_pb2.SequenceEvent]] = defaultdict(list)
-        for sequence in output.outputs:
-            active = self._active.get(sequence.request_id)
+        for news in output.outputs:
+            active = self._active.get(news.request_id)
             if active is None:
                 continue
-            if active.contradicts(sequence.tokens):
-                log.error("request %s: recomputing gave another first token than the hand-off", sequence.request_id)
-                self._cancel(sequence.request_id)
-                self._fail(sequence.request_id, HandoffFailedError("recomputing gave another token; send it again"))
-                continue
-            if sequence.tokens and active.first_token_at is None:
-                active.first_token_at = time.monotonic()
-            if sequence.finish_reason is not None:
-                events[active.session].append(self._ending(active, sequence))
-            elif tokens := active.unsent(sequence.tokens):
-                event = decode_pb2.SequenceEvent(request_id=sequence.request_id, tokens=tokens)
-                events[active.session].append(event)
+            if active.contradicts(news):
+                log.error("request %s: recomputing gave another first token than the hand-off", news.request_id)
+                self._cancel(news.request_id)
+                error = HandoffFailedError("recomputing gave another token; send it again")
+                events[active.session].extend(active.end(FinishReason.ERROR, error))
+            else:
+                if news.prompt_tokens:
+                    active.send_prompt(news.prompt_tokens)
+                if (event := active.take(news)) is not None:
+                    events[active.session].append(event)
+            if not active.open_choices:
+                self._forget(active)
         for session, session_events in events.items():
             session.send(session_events)
 
     # Endings
 
     def _fail(self, request_id: RequestId, error: BaseException) -> None:
-        ended = SequenceOutput(request_id, finish_reason=FinishReason.ERROR, error=public_error(error))
-        self._finish(request_id, ended)
+        """Ends what has not ended of a request, if it is still here."""
+        if (active := self._active.get(request_id)) is not None:
+            self._end(active, FinishReason.ERROR, public_error(error))
 
-    def _finish(self, request_id: RequestId, ended: SequenceOutput) -> None:
-        active = self._active.get(request_id)
-        if active is not None:
-            active.session.send([self._ending(active, ended)])
+    def _end(self, active: ActiveRequest, reason: FinishReason, error: StaffettaError | None = None) -> None:
+        active.session.send(active.end(reason, error))
+        self._forget(active)
 
-    def _ending(self, active: ActiveRequest, sequence: SequenceOutput) -> decode_pb2.SequenceEvent:
-        """The request's last event; afterwards it is forgotten here."""
-        record = self._forget(sequence.request_id).record
-        return active.ending(sequence, record, decode_worker=self._rank.identity.worker_id)
-
-    def _forget(self, request_id: RequestId) -> Route:
-        active = self._active.pop(request_id)
+    def _forget(self, active: ActiveRequest) -> None:
+        request_id = RequestId(active.start.request_id)
+        del self._active[request_id]
         active.session.request_ids.discard(request_id)
-        return self.source.drop_route(request_id)
+        self.source.drop_route(request_id)
 
     # For control and shutdown
 
     def num_requests(self) -> int:
         """Requests that have not ended."""
         return len(self._active)
+
+    def num_choices(self) -> int:
+        """Choices that have not ended."""
+        return sum(len(active.open_choices) for active in self._active.values())
 
     def num_sessions(self) -> int:
         """Open sessions."""

@@ -14,7 +14,7 @@ from decode_svc.decision import PrefillPolicy, choose_prefill
 from decode_svc.handoff import Handoff, HandoffRecord, HandoffState
 from decode_svc.peers import Peers
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVOffer, KVQuiesced
-from engine.request import Request, RequestId, SampledToken
+from engine.request import PromptToken, Request, RequestId, SampledToken
 from kvtransfer.layout import BlockId, KVLayout
 from kvtransfer.memory import PoolMemory
 from staffetta.errors import HandoffFailedError
@@ -22,6 +22,7 @@ from staffetta.hashing import BlockHash
 from staffetta.v1 import common_pb2, control_pb2, prefill_pb2
 
 FirstTokensSink = Callable[[RequestId, tuple[SampledToken, ...]], None]
+PromptTokensSink = Callable[[RequestId, tuple[PromptToken, ...]], None]
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class HandoffSource:
         limit_s: float,
         lease_s: float,
         on_first_tokens: FirstTokensSink,
+        on_prompt_tokens: PromptTokensSink,
         wake_engine: Callable[[], None],
     ) -> None:
         self._policy = policy
@@ -62,6 +64,7 @@ class HandoffSource:
         self._limit_s = limit_s
         self._lease_s = lease_s
         self._on_first_tokens = on_first_tokens
+        self._on_prompt_tokens = on_prompt_tokens
         self._wake_engine = wake_engine
         self._loop = asyncio.get_running_loop()
         self._peers: Peers | None = None
@@ -81,9 +84,9 @@ class HandoffSource:
         """Announces a request; before the engine gets it."""
         self._routes[request_id] = route
 
-    def drop_route(self, request_id: RequestId) -> Route:
-        """Forgets an ended request and returns its route, with the record of its hand-offs."""
-        return self._routes.pop(request_id)
+    def drop_route(self, request_id: RequestId) -> None:
+        """Forgets an ended request."""
+        del self._routes[request_id]
 
     def counts(self) -> list[control_pb2.HandoffCount]:
         """How attempts ended since the start."""
@@ -179,6 +182,7 @@ class HandoffSource:
             limit_s=self._limit_s,
             post=self._post,
             emit=lambda tokens: self._on_first_tokens(request.request_id, tokens),
+            emit_prompt=lambda tokens: self._on_prompt_tokens(request.request_id, tokens),
             may_recover=route.may_recover,
         )
         self._attempts[attempt_id] = handoff
@@ -192,6 +196,7 @@ class HandoffSource:
             lease_s=self._lease_s,
             priority=request.priority,
             first_token_index=request.first_token_index,
+            choice_index=request.choices[0],
         )
         task = asyncio.create_task(self._run(handoff), name=f"handoff-{handoff.handoff_id}")
         self._tasks.add(task)

@@ -76,6 +76,10 @@ class Announcer:
         """Hand-offs that have not ended."""
         return len(self._handoffs)
 
+    def num_choices(self) -> int:
+        """Choices of the requests whose hand-offs have not ended."""
+        return sum(len(handoff.choices) for handoff in self._handoffs.values())
+
     # From the engine to the decode worker
 
     def on_output(self, output: StepOutput) -> None:
@@ -96,7 +100,9 @@ class Announcer:
             )
             if sequence.error is not None or sequence.finish_reason is FinishReason.CANCELLED:
                 self.fail(sequence.request_id, sequence.error or HandoffFailedError("the prefill was cancelled"))
-            elif sequence.tokens:
+                continue
+            handoff.session.send_prompt_logprobs(sequence.request_id, sequence.prompt_tokens)
+            if sequence.tokens:
                 events[handoff.session].append(self._first_tokens(handoff, sequence))
                 if handoff.start.num_held_tokens == handoff.start.num_prompt_tokens:
                     # Nothing to move is a hand-off like any other: one chunk, empty, the last.

@@ -4,14 +4,18 @@ It never talks to the engine and never touches a block.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.request import PromptToken
 from staffetta.rpc.session import SessionPipe
 from staffetta.v1 import prefill_pb2
 from worker.admission import PromptParts
+from worker.codec import choices_from_proto, prompt_token_parts
 
-EVENTS_PER_MESSAGE = 64
-"""64 first tokens with 20 alternatives each stay below the message bound; a chunk has a message of its own."""
+EVENTS_PER_MESSAGE = 32
+"""The first tokens of 32 hand-offs, each of 16 choices with 20 alternatives, stay below the message bound; chunks and a
+prompt's log-probabilities have messages of their own."""
 
 Pipe = SessionPipe[prefill_pb2.PrefillSessionRequest, prefill_pb2.PrefillSessionResponse]
 
@@ -32,6 +36,17 @@ class ReaderSession:
             part = prefill_pb2.PrefillEvents(events=events[first : first + EVENTS_PER_MESSAGE])
             self.pipe.send(prefill_pb2.PrefillSessionResponse(events=part))
 
+    def send_prompt_logprobs(self, handoff_id: str, tokens: Sequence[PromptToken]) -> None:
+        """Queues log-probabilities of a prompt in messages below the bound, in order."""
+        for part in prompt_token_parts(tokens):
+            self.send(
+                [
+                    prefill_pb2.PrefillEvent(
+                        handoff_id=handoff_id, prompt_logprobs=prefill_pb2.PromptLogprobs(tokens=part)
+                    )
+                ]
+            )
+
 
 @dataclass(slots=True, eq=False)
 class Handoff:
@@ -45,3 +60,12 @@ class Handoff:
     """From the first chunk on; renewed by every sign of life of the session."""
     held_until: float = math.inf
     """From the first chunk on; no sign of life goes beyond it."""
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The choices whose first tokens are wanted."""
+        return choices_from_proto(
+            self.start.sampling,
+            first_token_index=self.start.first_token_index,
+            choice_index=self.start.choice_index,
+        )

@@ -5,7 +5,8 @@ The life of a hand-off, seen from here:
 1. `StartPrefill` (and `AppendPrefillPrompt` for long prompts) arrives on a session; the request goes to the engine.
 2. The engine thread computes chunks; the output of every step comes back to the event loop.
 3. New final blocks are checksummed on one thread of their own and announced as `ChunkReady`; their lease has begun.
-4. `FirstToken` is sent as soon as it is sampled, whether or not the checksums before it are done.
+4. `PromptLogprobs`, when asked for, leave as they are computed; `FirstTokens` as soon as they are sampled, one for each
+   choice. Neither waits for checksums.
 5. `ReleasePrefill`, the session's end, or the lease's expiry frees the blocks.
 
 Sessions and their commands are served here; what goes back to the reader, and the leases, are the `Announcer`'s.
@@ -140,8 +141,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             if self._is_draining:
                 raise DrainingError(f"{self._rank.identity.worker_id} is draining; use another prefill worker")
-            if self._announcer.num_handoffs() > self._max_requests:
-                raise QueueFullError(f"the prefill worker holds {self._max_requests} requests already; retry later")
+            if (num_choices := self._announcer.num_choices()) > self._max_requests:
+                raise QueueFullError(
+                    f"{num_choices} choices would be held here, {self._max_requests} may be; retry later"
+                )
             check_prefill(start, limits, block_size=self._rank.layout.groups[0].block_size)
             handoff.prompt = PromptParts(start.num_prompt_tokens, start.token_ids, limits)
         except StaffettaError as error:
@@ -173,6 +176,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             cache_salt=start.cache_salt,
             priority=start.priority,
             first_token_index=start.first_token_index,
+            choices=handoff.choices,
         )
         handoff.prompt = None
         added = self._rank.engine_thread.call(lambda engine: engine.add(request))

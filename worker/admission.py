@@ -39,7 +39,7 @@ def check_prefill(start: prefill_pb2.StartPrefill, limits: validate.Limits, *, b
     """Checks what a decode worker asks of a prefill worker, by the same rules that the gateway's request passed."""
     sampling = common_pb2.SamplingParams()
     sampling.CopyFrom(start.sampling)
-    # One token is drawn here, however many the request asks for: the rest needs room on the decode worker alone.
+    # One token of each choice is drawn here, whatever is asked for: the rest needs room on the decode worker alone.
     sampling.max_tokens = min(sampling.max_tokens, start.first_token_index + 1)
     sampling.min_tokens = min(sampling.min_tokens, sampling.max_tokens)
     validate.check_start(
@@ -50,6 +50,7 @@ def check_prefill(start: prefill_pb2.StartPrefill, limits: validate.Limits, *, b
             sampling=sampling,
             cache_salt=start.cache_salt,
             first_token_index=start.first_token_index,
+            choice_index=start.choice_index,
         ),
         limits,
     )

@@ -1,12 +1,16 @@
 """Turns protobuf messages into the engine's values and back: the one file of the workers that knows both."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
-from engine.request import FinishReason, SampledToken, SamplingParams
+from engine.request import FinishReason, PromptToken, SampledToken, SamplingParams
 from kvtransfer.layout import BlockId, KVLayout
 from kvtransfer.manifest import BlockEntry
 from kvtransfer.transport import TransportOffer
 from staffetta.v1 import common_pb2, prefill_pb2
+from staffetta.validate import MAX_CHOICES
+
+PROMPT_TOKENS_PER_MESSAGE = 512
+"""512 tokens with 20 alternatives each stay below the message bound."""
 
 _FINISH_TO_PROTO = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -39,6 +43,45 @@ def token_from_proto(message: common_pb2.Token) -> SampledToken:
         logprob=message.logprob if message.HasField("logprob") else None,
         top_logprobs=tuple((top.token_id, top.logprob) for top in message.top_logprobs),
     )
+
+
+def prompt_token_parts(tokens: Sequence[PromptToken]) -> Iterator[list[common_pb2.Token]]:
+    """A prompt's scored tokens for the wire, in runs that fit one session message each; no run when there are none."""
+    for first in range(0, len(tokens), PROMPT_TOKENS_PER_MESSAGE):
+        yield [
+            common_pb2.Token(
+                index=token.position,
+                token_id=token.token_id,
+                logprob=token.logprob,
+                top_logprobs=[
+                    common_pb2.TokenLogprob(token_id=token_id, logprob=logprob)
+                    for token_id, logprob in token.top_logprobs
+                ],
+            )
+            for token in tokens[first : first + PROMPT_TOKENS_PER_MESSAGE]
+        ]
+
+
+def prompt_token_from_proto(message: common_pb2.Token) -> PromptToken:
+    """One scored token of a prompt from the wire."""
+    return PromptToken(
+        position=message.index,
+        token_id=message.token_id,
+        logprob=message.logprob,
+        top_logprobs=tuple((top.token_id, top.logprob) for top in message.top_logprobs),
+    )
+
+
+def choices_from_proto(
+    sampling: common_pb2.SamplingParams, *, first_token_index: int, choice_index: int
+) -> tuple[int, ...]:
+    """The choices of a request: from 0 to n - 1, or after a restart the one that goes on.
+
+    Bounded whatever the message says, so that a request that is refused can be answered choice by choice.
+    """
+    if first_token_index:
+        return (choice_index,)
+    return tuple(range(min(max(1, sampling.n), MAX_CHOICES)))
 
 
 def sampling_from_proto(message: common_pb2.SamplingParams, *, eos_token_ids: Iterable[int]) -> SamplingParams:

@@ -14,7 +14,7 @@ from decode_svc.handoff import Handoff
 from decode_svc.peers import Peers, PeerSession
 from decode_svc.source import HandoffSource, Route
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVQuiesced, KVReady
-from engine.request import Request, RequestId, RequestKind, SampledToken, SamplingParams
+from engine.request import PromptToken, Request, RequestId, RequestKind, SampledToken, SamplingParams
 from kvtransfer.checksum import head_checksums
 from kvtransfer.layout import BlockId, KVGroup, KVLayout
 from kvtransfer.loopback import LoopbackExporter, LoopbackReader
@@ -25,6 +25,7 @@ from kvtransfer.transport import SelfTest
 from staffetta.errors import HandoffFailedError, StaffettaError
 from staffetta.hashing import BlockHasher
 from staffetta.v1 import common_pb2, prefill_pb2
+from tests.rpc.in_loop import until
 from worker.codec import entry_to_proto
 
 GROUP = KVGroup(kind="full", num_layers=1, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32")
@@ -39,7 +40,9 @@ STOP = 99
 REQUEST_ID = RequestId("ab" * 16)
 
 
-def make_request(prompt: tuple[int, ...] = PROMPT) -> Request:
+def make_request(
+    *, choices: tuple[int, ...] = (0,), first_token_index: int = 0, num_prompt_logprobs: int | None = None
+) -> Request:
     sampling = SamplingParams(
         temperature=0.0,
         top_k=0,
@@ -49,8 +52,17 @@ def make_request(prompt: tuple[int, ...] = PROMPT) -> Request:
         min_tokens=0,
         stop_token_ids=frozenset({STOP}),
         num_logprobs=None,
+        num_prompt_logprobs=num_prompt_logprobs,
     )
-    return Request(REQUEST_ID, RequestKind.GENERATE, prompt, sampling, arrival=0)
+    return Request(
+        REQUEST_ID,
+        RequestKind.GENERATE,
+        PROMPT,
+        sampling,
+        arrival=0,
+        choices=choices,
+        first_token_index=first_token_index,
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +115,7 @@ class Script:
         may_recover: bool = True,
         num_held_tokens: int = 0,
         max_attempts: int = 3,
+        request: Request | None = None,
     ) -> None:
         self.remote, self.local = _pools()
         self.local.buffer[:] = bytes(len(self.local.buffer))
@@ -116,6 +129,7 @@ class Script:
         self.peers = FakePeers({"prefill-0": self.session})
         self.peers.refresh_views()
         self.log: list[KVEvent | tuple[SampledToken, ...]] = []
+        self.prompt_tokens: list[PromptToken] = []
         self.num_held_tokens = self.num_announced_tokens = num_held_tokens
         self.num_grants = 0
         self.num_wrong_landings = 0
@@ -127,12 +141,13 @@ class Script:
             limit_s=limit_s,
             lease_s=30.0,
             on_first_tokens=lambda request_id, tokens: self.log.append(tokens),
+            on_prompt_tokens=lambda request_id, tokens: self.prompt_tokens.extend(tokens),
             wake_engine=self._poll,
         )
         self.source.use(cast(Peers, self.peers))
         self.route = Route("", may_recover, common_pb2.SamplingParams())
         self.source.add_route(REQUEST_ID, self.route)
-        self.request = make_request()
+        self.request = make_request() if request is None else request
 
     def _poll(self) -> None:
         for event in self.source.poll():
@@ -188,6 +203,10 @@ class Script:
             is_last=self.num_announced_tokens == len(PROMPT),
         )
         self.tell(chunk_ready=chunk)
+
+    def prompt_logprobs(self, *positions: int, token_ids: tuple[int, ...] = PROMPT) -> None:
+        tokens = [common_pb2.Token(index=p, token_id=token_ids[p % len(token_ids)], logprob=-p) for p in positions]
+        self.tell(prompt_logprobs=prefill_pb2.PromptLogprobs(tokens=tokens))
 
     def first_tokens(self, *token_ids: int) -> None:
         """Sends the first token of each choice; of the one choice that there is unless the request says otherwise."""
@@ -250,3 +269,8 @@ class Script:
         assert len(self.events(KVQuiesced)) == (self.num_grants if not has_landed else 0)
         assert sum(count.count for count in self.source.counts()) == 1
         assert self.pipe.commands() == ["start", "release"]
+
+
+async def ended(script: Script) -> None:
+    """Waits until no attempt is left."""
+    await until(lambda: script.source.num_attempts() == 0)

@@ -15,7 +15,7 @@ from kvtransfer.layout import BlockId
 from staffetta import failpoint
 from staffetta.errors import HandoffFailedError
 from staffetta.v1 import common_pb2
-from tests.decode_svc.scripted import ATTEMPT, LOCAL_IDS, PROMPT, STOP, Script
+from tests.decode_svc.scripted import ATTEMPT, LOCAL_IDS, PROMPT, STOP, Script, ended
 from tests.rpc.in_loop import in_loop, until
 
 TOKENS = (SampledToken(0, 42),)
@@ -28,10 +28,6 @@ async def landed(script: Script, num_tokens: int) -> None:
 def state_of(handoff: Handoff) -> HandoffState:
     """Its state now: it changes in other turns of the loop."""
     return handoff.state
-
-
-async def ended(script: Script) -> None:
-    await until(lambda: script.source.num_attempts() == 0)
 
 
 @in_loop

@@ -146,18 +146,50 @@ def make_prompt(num_tokens: int, *, seed: int = 0) -> list[int]:
     return [(seed * 131 + position * 7 + position * position % 89) % VOCAB_SIZE for position in range(num_tokens)]
 
 
+def make_sampling(**fields: Any) -> common_pb2.SamplingParams:
+    """Greedy, without an early end, unless `fields` say otherwise."""
+    values: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "seed": 1, "max_tokens": 6, "ignore_eos": True}
+    return common_pb2.SamplingParams(**values | fields)
+
+
 @dataclass(slots=True, eq=False)
 class Answer:
     """One request's events so far."""
 
     request_id: str
-    tokens: list[common_pb2.Token] = field(default_factory=list)
-    last: decode_pb2.SequenceEvent | None = None
+    choices: tuple[int, ...] = (0,)
+    tokens_of: dict[int, list[common_pb2.Token]] = field(init=False)
+    """Each choice's tokens."""
+    endings: dict[int, decode_pb2.SequenceEvent] = field(default_factory=dict)
+    """The last event of each choice that has ended."""
+    prompt_tokens: list[common_pb2.Token] = field(default_factory=list)
     has_news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.tokens_of = {choice_index: [] for choice_index in self.choices}
+
+    @property
+    def tokens(self) -> list[common_pb2.Token]:
+        """Those of the first choice."""
+        return self.tokens_of[self.choices[0]]
 
     @property
     def token_ids(self) -> list[int]:
         return [token.token_id for token in self.tokens]
+
+    @property
+    def all_token_ids(self) -> list[list[int]]:
+        """Choice by choice."""
+        return [[token.token_id for token in tokens] for tokens in self.tokens_of.values()]
+
+    @property
+    def last(self) -> decode_pb2.SequenceEvent | None:
+        """The event after which nothing comes, as far as it has come."""
+        return list(self.endings.values())[-1] if len(self.endings) == len(self.choices) else None
+
+    @property
+    def finish_reasons(self) -> list[common_pb2.FinishReason.ValueType]:
+        return [self.endings[choice_index].finish_reason for choice_index in self.choices]
 
     @property
     def handoff(self) -> common_pb2.HandoffReport:
@@ -179,13 +211,23 @@ class Answer:
         return await self.until(lambda answer: answer.last is not None)
 
     def take(self, event: decode_pb2.SequenceEvent) -> None:
-        """Adds an event. Tokens come without gap and not twice, and nothing comes after the ending."""
-        assert self.last is None, f"an event after the ending: {event}"
-        self.tokens.extend(event.tokens)
-        first = self.tokens[0].index if self.tokens else 0
-        assert [token.index for token in self.tokens] == list(range(first, first + len(self.tokens)))
+        """Adds an event.
+
+        Each choice's tokens come without a gap and not twice, and nothing comes after its ending; the prompt's come
+        before them.
+        """
+        assert event.choice_index not in self.endings, f"an event after the ending: {event}"
+        if event.prompt_tokens:
+            assert not any(self.tokens_of.values()), "the prompt is scored before the first token is drawn"
+            self.prompt_tokens.extend(event.prompt_tokens)
+            positions = [token.index for token in self.prompt_tokens]
+            assert positions == list(range(1, len(positions) + 1))
+        tokens = self.tokens_of[event.choice_index]
+        tokens.extend(event.tokens)
+        first = tokens[0].index if tokens else 0
+        assert [token.index for token in tokens] == list(range(first, first + len(tokens)))
         if event.finish_reason:
-            self.last = event
+            self.endings[event.choice_index] = event
         self.has_news.set()
 
 
@@ -203,11 +245,11 @@ class Client:
 
     def start(self, prompt: Sequence[int], *, max_tokens: int = 6, **fields: Any) -> Answer:
         """Starts a greedy request that does not end early; `fields` are those of StartRequest."""
-        answer = Answer(fields.pop("request_id", secrets.token_hex(16)))
+        sampling = fields.pop("sampling", make_sampling(max_tokens=max_tokens))
+        is_restart = fields.get("first_token_index", 0) > 0
+        choices = (fields.get("choice_index", 0),) if is_restart else tuple(range(sampling.n or 1))
+        answer = Answer(fields.pop("request_id", secrets.token_hex(16)), choices)
         self.answers[answer.request_id] = answer
-        sampling = common_pb2.SamplingParams(
-            temperature=0, top_p=1, top_k=0, seed=1, max_tokens=max_tokens, ignore_eos=True
-        )
         first, *rest = prompt_parts(prompt)
         values: dict[str, Any] = {"token_ids": first, "num_prompt_tokens": len(prompt), "credit": 1000}
         values["sampling"] = sampling

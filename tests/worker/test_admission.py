@@ -42,8 +42,13 @@ def test_a_first_part_is_checked_like_any_other() -> None:
         PromptParts(1, [1, 2, 3], LIMITS)
 
 
+def make_sampling(**changes: Any) -> common_pb2.SamplingParams:
+    values: dict[str, Any] = {"temperature": 0, "top_p": 1, "top_k": 0, "seed": 0, "max_tokens": 4}
+    return common_pb2.SamplingParams(**values | changes)
+
+
 def make_start(**changes: Any) -> prefill_pb2.StartPrefill:
-    sampling = common_pb2.SamplingParams(temperature=0, top_p=1, top_k=0, seed=0, max_tokens=4)
+    sampling = make_sampling()
     values: dict[str, Any] = {
         "handoff_id": "0f" * 16,
         "num_prompt_tokens": 40,
@@ -53,7 +58,18 @@ def make_start(**changes: Any) -> prefill_pb2.StartPrefill:
     return prefill_pb2.StartPrefill(**values | {"lease_s": 1.0} | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_held_tokens": 32}, {"lease_s": 600.0}, {"token_ids": []}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_held_tokens": 32},
+        {"lease_s": 600.0},
+        {"token_ids": []},
+        {"sampling": make_sampling(n=16, repetition_penalty=2.0, presence_penalty=-2.0, prompt_logprobs=20)},
+        {"first_token_index": 3, "choice_index": 15},
+        {"sampling": make_sampling(max_tokens=1000, n=16)},  # the rest of them needs room elsewhere
+    ],
+)
 def test_a_proper_start_passes(changes: dict[str, Any]) -> None:
     check_prefill(make_start(**changes), LIMITS, block_size=16)
 
@@ -72,6 +88,19 @@ REFUSED = [
     ({"cache_salt": bytes(65)}, InvalidRequestError, "cache_salt is 65 bytes long"),
     ({"first_token_index": 4}, InvalidRequestError, "first_token_index is 4"),
     ({"sampling": common_pb2.SamplingParams(max_tokens=4)}, InvalidRequestError, "sampling.temperature is unset"),
+    ({"sampling": make_sampling(n=17)}, InvalidRequestError, "n is 17; allowed: 1 to 16"),
+    ({"sampling": make_sampling(n=0)}, InvalidRequestError, "n is 0; allowed: 1 to 16"),
+    (
+        {"sampling": make_sampling(n=3), "first_token_index": 2, "choice_index": 2},
+        InvalidRequestError,
+        "n is 3; allowed: 1 where first_token_index is not 0: a restart goes on with one choice",
+    ),
+    ({"choice_index": 1}, InvalidRequestError, "choice_index is 1; allowed: 0 where first_token_index is 0"),
+    ({"first_token_index": 2, "choice_index": 16}, InvalidRequestError, "choice_index is 16; allowed: 0 to 15"),
+    ({"sampling": make_sampling(repetition_penalty=0.0)}, InvalidRequestError, "repetition_penalty is 0.0"),
+    ({"sampling": make_sampling(presence_penalty=2.5)}, InvalidRequestError, "presence_penalty is 2.5"),
+    ({"sampling": make_sampling(frequency_penalty=float("nan"))}, InvalidRequestError, "frequency_penalty is nan"),
+    ({"sampling": make_sampling(prompt_logprobs=21)}, InvalidRequestError, "prompt_logprobs is 21"),
     (
         {"num_held_tokens": 17},
         InvalidRequestError,

@@ -7,13 +7,15 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.request import FinishReason, SampledToken
+from engine.request import FinishReason, PromptToken, SampledToken
 from kvtransfer.layout import BlockId, KVGroup, KVLayout
 from kvtransfer.manifest import BlockEntry
 from kvtransfer.transport import TransportOffer
+from prefill_svc.handoff import EVENTS_PER_MESSAGE
 from staffetta.rpc import session
 from staffetta.rpc.options import MAX_MESSAGE_BYTES
 from staffetta.v1 import common_pb2, decode_pb2, prefill_pb2
+from staffetta.validate import MAX_CHOICES, MAX_LOGPROBS
 from worker import codec
 
 M = TypeVar("M", bound=Message)
@@ -107,11 +109,91 @@ def test_the_largest_part_of_a_prompt_fits_a_message() -> None:
     assert decode_pb2.DecodeSessionRequest(append_prompt=append).ByteSize() < MAX_MESSAGE_BYTES
 
 
-def test_a_message_of_first_tokens_with_all_alternatives_fits_the_bound() -> None:
-    token = SampledToken(2**32 - 1, 2**32 - 1, -1.5, ((2**32 - 1, -1.5),) * 20)
+@pytest.mark.parametrize(("num_events", "fits"), [(EVENTS_PER_MESSAGE, True), (2 * EVENTS_PER_MESSAGE, False)])
+def test_a_message_of_every_choices_first_tokens_with_all_alternatives_fits_the_bound(
+    num_events: int, fits: bool
+) -> None:
+    token = SampledToken(2**32 - 1, 2**32 - 1, -1.5, ((2**32 - 1, -1.5),) * MAX_LOGPROBS)
     first = prefill_pb2.FirstTokens(
-        tokens=[codec.token_to_proto(token)], queue_s=1.5, prefill_s=1.5, cached_tokens=2**32 - 1
+        tokens=[codec.token_to_proto(token)] * MAX_CHOICES, queue_s=1.5, prefill_s=1.5, cached_tokens=2**32 - 1
     )
-    events = [prefill_pb2.PrefillEvent(handoff_id="a" * 32, first_tokens=first)] * 64
+    events = [prefill_pb2.PrefillEvent(handoff_id="a" * 32, first_tokens=first)] * num_events
     response = prefill_pb2.PrefillSessionResponse(events=prefill_pb2.PrefillEvents(events=events))
-    assert response.ByteSize() < MAX_MESSAGE_BYTES
+    assert (response.ByteSize() < MAX_MESSAGE_BYTES) is fits
+
+
+# The prompt's log-probabilities
+
+
+@given(st.lists(st.tuples(uint32, uint32, float32, st.lists(st.tuples(uint32, float32), max_size=20)), max_size=9))
+def test_a_prompts_scored_tokens_come_back_as_they_were(
+    values: list[tuple[int, int, float, list[tuple[int, float]]]],
+) -> None:
+    tokens = [
+        PromptToken(position, token_id, logprob, tuple(alternatives))
+        for position, token_id, logprob, alternatives in values
+    ]
+    parts = codec.prompt_token_parts(tokens)
+    assert [codec.prompt_token_from_proto(over_the_wire(each)) for part in parts for each in part] == tokens
+
+
+@pytest.mark.parametrize(("num_tokens", "sizes"), [(0, []), (2, [2]), (3, [3]), (4, [3, 1]), (9, [3, 3, 3])])
+def test_a_prompts_scored_tokens_are_split_in_order(
+    num_tokens: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec, "PROMPT_TOKENS_PER_MESSAGE", 3)
+    parts = list(codec.prompt_token_parts([PromptToken(position, 7, -1.0) for position in range(num_tokens)]))
+    assert [len(part) for part in parts] == sizes
+    assert [token.index for part in parts for token in part] == list(range(num_tokens))
+
+
+# Choices
+
+
+@pytest.mark.parametrize(
+    ("n", "first_token_index", "choice_index", "choices"),
+    [
+        (None, 0, 0, (0,)),
+        (1, 0, 0, (0,)),
+        (3, 0, 0, (0, 1, 2)),
+        (16, 0, 0, tuple(range(16))),
+        (None, 5, 2, (2,)),
+        (1, 5, 0, (0,)),
+        # These are refused; each choice that may be waited for is told so, and no more than there can be.
+        (0, 0, 0, (0,)),
+        (17, 0, 0, tuple(range(16))),
+        (2**32 - 1, 0, 0, tuple(range(16))),
+        (3, 5, 2, (2,)),
+    ],
+)
+def test_a_request_has_all_its_choices_or_after_a_restart_one(
+    n: int | None, first_token_index: int, choice_index: int, choices: tuple[int, ...]
+) -> None:
+    sampling = common_pb2.SamplingParams(n=n)
+    found = codec.choices_from_proto(sampling, first_token_index=first_token_index, choice_index=choice_index)
+    assert found == choices
+
+
+# Penalties
+
+
+def test_penalties_reach_the_engine_one_by_one() -> None:
+    params = common_pb2.SamplingParams(
+        repetition_penalty=1.5, presence_penalty=-0.5, frequency_penalty=0.25, prompt_logprobs=3
+    )
+    sampling = codec.sampling_from_proto(over_the_wire(params), eos_token_ids=())
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -0.5, 0.25)
+    assert sampling.num_prompt_logprobs == 3
+    assert sampling.is_penalised
+
+
+def test_penalties_that_are_unset_change_nothing() -> None:
+    sampling = codec.sampling_from_proto(over_the_wire(SAMPLING), eos_token_ids=())
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
+    assert sampling.num_prompt_logprobs is None
+    assert not sampling.is_penalised
+
+
+def test_log_probabilities_of_the_prompt_without_alternatives_are_not_none_at_all() -> None:
+    sampling = codec.sampling_from_proto(common_pb2.SamplingParams(prompt_logprobs=0), eos_token_ids=())
+    assert sampling.num_prompt_logprobs == 0
