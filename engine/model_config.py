@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.compressed_tensors import Compression, parse_compression
 from kernels.rope import LinearScaling, Llama3Scaling, Rope
 from kvtransfer.layout import KVDtype, KVGroup, KVLayout
 from staffetta.exits import ModelNotFoundError
@@ -30,7 +31,7 @@ def _names(text: str) -> frozenset[str]:
 _READ_FIELDS = _names(
     "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters "
-    "max_position_embeddings attention_bias mlp_bias tie_word_embeddings eos_token_id"
+    "max_position_embeddings attention_bias mlp_bias tie_word_embeddings eos_token_id quantization_config"
 )
 # Training, bookkeeping, how other programs load or print; dtype says how the weights are stored, as their files do.
 _INERT_FIELDS = _names(
@@ -61,6 +62,7 @@ class ModelConfig:
     mlp_bias: bool
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
+    compression: Compression = Compression.NONE
 
     @classmethod
     def from_directory(cls, directory: Path) -> "ModelConfig":
@@ -131,6 +133,7 @@ def _parse(directory: Path) -> ModelConfig:
         mlp_bias=config.flag("mlp_bias"),
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         eos_token_ids=generation.eos_token_ids or config.token_ids("eos_token_id", vocab_size=vocab_size),
+        compression=parse_compression(config),
     )
 
 

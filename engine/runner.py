@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.compressed_tensors import Compression, own_dtypes, stored_shapes
 from engine.identity import numerics_digest
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
@@ -23,6 +24,7 @@ from engine.step import BlockCopy, SequenceSlice, SliceResult
 from engine.weights import TORCH_DTYPES, load_weights
 from kernels.backend import Backend, BackendUnavailableError, WeightFormat, select
 from kvtransfer.layout import KVLayout
+from staffetta.identity import ModelRefusedError
 
 __all__ = ["BackendUnavailableError", "ModelRunner", "load_runner"]
 
@@ -42,15 +44,28 @@ def load_runner(
 ) -> "ModelRunner":
     """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
 
-    `quantization` int8 makes 8-bit integers of the layers' linear weights at load, and of activations row by row.
+    `quantization` int8 makes 8-bit integers of the layers' linear weights at load, and of activations row by row. A
+    checkpoint that is quantized already is computed as it is stored, and refused with any other `quantization`.
     Computes on `threads` threads, and sets the process's number for torch's own operations to that. Raises
     ModelRefusedError or ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of
     the wrong size.
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}, needs at least 1")
+    if config.compression is not Compression.NONE and quantization != "none":
+        raise ModelRefusedError(
+            f"the weights are {config.compression.value} already",
+            why=f"quantization {quantization} is for weights that are not",
+            fix="--quantization none",
+        )
     torch.set_num_threads(threads)
-    weights = load_weights(directory, tensor_shapes(config), dtype=layout.groups[0].dtype)
+    shapes = tensor_shapes(config)
+    weights = load_weights(
+        directory,
+        stored_shapes(shapes, config.compression),
+        dtype=layout.groups[0].dtype,
+        own_dtypes=own_dtypes(shapes, config.compression),
+    )
     backend = select(device, threads=threads)
     stored = WeightFormat(quantization)
     return ModelRunner(config, weights, backend, layout=layout, pool=pool, num_blocks=num_blocks, layers_stored=stored)
@@ -73,7 +88,7 @@ class ModelRunner:
         num_blocks: int,
         layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
     ) -> None:
-        """Takes `weights` as `tensor_shapes` declares them, in the layout's dtype.
+        """Takes `weights` as `stored_shapes` of `tensor_shapes` declares them, in the layout's dtype or their own.
 
         `pool` is writable memory of num_blocks x layout.page_bytes bytes; it is used in place and kept until the runner
         is gone. Raises ValueError when layout, weights or pool do not fit the model.
@@ -88,11 +103,15 @@ class ModelRunner:
                 f"needs {num_blocks} writable pages of {layout.page_bytes}"
             )
         dtype = TORCH_DTYPES[group.dtype]
-        if any(weight.dtype != dtype for weight in weights.values()):
+        shapes = tensor_shapes(config)
+        own = own_dtypes(shapes, config.compression)
+        if any(weight.dtype != dtype for name, weight in weights.items() if name not in own):
             raise ValueError(f"weights are not {group.dtype}, as the layout is")
-        self.num_parameters = sum(prod(shape) for shape in tensor_shapes(config).values())
+        self.num_parameters = sum(prod(shape) for shape in shapes.values())
+        # Integers are multiplied alike, whoever made them.
+        multiplied = WeightFormat.INT8 if config.compression is Compression.W8A8 else layers_stored
         self.numerics_digest = numerics_digest(
-            config, backend, dtype=group.dtype, kv_dtype=group.dtype, quantization=layers_stored
+            config, backend, dtype=group.dtype, kv_dtype=group.dtype, quantization=multiplied
         )
         self.backend_name = backend.name
         self._backend = backend

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.compressed_tensors import OwnDtype
 from kvtransfer.layout import KVDtype
 from staffetta.identity import ModelRefusedError, weight_names
 
@@ -20,30 +21,46 @@ TORCH_DTYPES: dict[KVDtype, torch.dtype] = {
     "float16": torch.float16,
 }
 
-_STORED_DTYPES = ("F32", "BF16", "F16")
+_OWN_DTYPES: dict[OwnDtype, torch.dtype] = {"int8": torch.int8, "float32": torch.float32}
+_FLOATS = ("F32", "BF16", "F16")
+_INTEGERS = ("I8",)
+_NO_OWN_DTYPES: Mapping[str, OwnDtype] = {}
 # Buffers that older exporters wrote out; they are computed from the configuration.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
-_FIX = "use weights and config.json of the same model, exported without quantization"
+_FIX = "use weights and config.json of the same model"
 
 
-def load_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: KVDtype) -> dict[str, Tensor]:
+def load_weights(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: KVDtype,
+    own_dtypes: Mapping[str, OwnDtype] = _NO_OWN_DTYPES,
+) -> dict[str, Tensor]:
     """Returns every tensor that `shapes` declares, converted to `dtype`, contiguous, on the CPU, owned by the caller.
 
+    Those that `own_dtypes` names are converted to that instead; integers must be stored as such, and only they may be.
     Raises ModelNotFoundError for a missing file, ModelRefusedError, naming tensor and file, when the files hold
     anything but exactly what is declared.
     """
     names = weight_names(directory)
-    places = _check(directory, names, shapes)
+    places = _check(directory, names, shapes, own_dtypes)
+    kept = {tensor: _OWN_DTYPES[own] for tensor, own in own_dtypes.items()}
     weights: dict[str, Tensor] = {}
     for name in names:
         with safe_open(directory / name, framework="pt") as file:
             for tensor in (tensor for tensor, place in places.items() if place == name):
                 stored = file.get_tensor(tensor)
-                weights[tensor] = torch.empty(stored.shape, dtype=TORCH_DTYPES[dtype]).copy_(stored)
+                weights[tensor] = torch.empty(stored.shape, dtype=kept.get(tensor, TORCH_DTYPES[dtype])).copy_(stored)
     return weights
 
 
-def _check(directory: Path, names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _check(
+    directory: Path,
+    names: tuple[str, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    own_dtypes: Mapping[str, OwnDtype],
+) -> dict[str, str]:
     """Reads the headers alone; returns which file holds each declared tensor."""
     places: dict[str, str] = {}
     for name in names:
@@ -65,8 +82,9 @@ def _check(directory: Path, names: tuple[str, ...], shapes: Mapping[str, tuple[i
             if shape != shapes[tensor]:
                 why = f"config.json declares {list(shapes[tensor])}"
                 raise ModelRefusedError(f"{name}: {tensor} has shape {list(shape)}", why=why, fix=_FIX)
-            if stored not in _STORED_DTYPES:
-                why = f"supported: {', '.join(_STORED_DTYPES)}"
+            supported = _INTEGERS if own_dtypes.get(tensor) == "int8" else _FLOATS
+            if stored not in supported:
+                why = f"supported: {', '.join(supported)}"
                 raise ModelRefusedError(f"{name}: {tensor} is stored as {stored}", why=why, fix=_FIX)
             places[tensor] = name
     missing = sorted(shapes.keys() - places.keys())

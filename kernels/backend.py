@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kernels.rope import Rope
@@ -53,7 +54,7 @@ class WeightFormat(Enum):
     """How a linear layer's weights are stored and multiplied."""
 
     AS_GIVEN = "none"
-    """In the dtype they come in, with float32 sums."""
+    """In the dtype they come in, with float32 sums; weights that come as int8, with their scales, as INT8."""
     INT8 = "int8"
     """int8 with a scale per output, times activations quantized to int8 with a scale per row; sums are integers."""
 
@@ -66,6 +67,16 @@ class Linear(Protocol):
 
         x may be wider than the weights: float32 rows keep float32 results.
         """
+
+
+def check_scales(weight: Tensor, scales: Tensor | None) -> None:
+    """Raises ValueError unless a weight [N, K] that is int8, and no other, has scales [N]."""
+    if weight.dtype is not torch.int8:
+        if scales is not None:
+            raise ValueError(f"a weight of {weight.dtype} has no scales")
+    elif scales is None or scales.shape != weight.shape[:1]:
+        found = "none" if scales is None else f"shape {list(scales.shape)}"
+        raise ValueError(f"an int8 weight needs scales of shape {list(weight.shape[:1])}, it has {found}")
 
 
 class Backend(Protocol):
@@ -90,8 +101,19 @@ class Backend(Protocol):
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor: ...
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, *, stored: WeightFormat = WeightFormat.AS_GIVEN
-    ) -> Linear: ...
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stored: WeightFormat = WeightFormat.AS_GIVEN,
+        scales: Tensor | None = None,
+    ) -> Linear:
+        """Takes weight [N, K] and bias [N] to where `Linear` wants them.
+
+        A weight that is quantized already is int8 and comes with its `scales` [N]: an output's weights are its scale
+        times its integers, which are multiplied as `WeightFormat.INT8` says, unchanged. Raises ValueError for integers
+        without scales, scales without integers, or another number of them.
+        """
 
     def prepare_gated_linear(
         self,
@@ -99,7 +121,9 @@ class Backend(Protocol):
         up: tuple[Tensor, Tensor | None],
         *,
         stored: WeightFormat = WeightFormat.AS_GIVEN,
-    ) -> Linear: ...
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> Linear:
+        """The layer silu(gate(x)) up(x), from weight and bias of each; `scales` as in `prepare_linear`, one of each."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import Rotation, Spans, WeightFormat
+from kernels.backend import Rotation, Spans, WeightFormat, check_scales
 from kernels.rope import LinearScaling, Llama3Scaling, Rope
 from kernels.sampling import sample, score_tokens
 
@@ -238,9 +238,10 @@ def largest(values: Tensor, count: int) -> Tensor:
 class ReferenceLinear:
     """`linear`, or `int8_linear` on weights that were quantized once."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stored: WeightFormat) -> None:
-        self._weight, self._scales, self._bias = weight, None, bias
-        if stored is WeightFormat.INT8:
+    def __init__(self, weight: Tensor, bias: Tensor | None, stored: WeightFormat, scales: Tensor | None) -> None:
+        check_scales(weight, scales)
+        self._weight, self._scales, self._bias = weight, scales, bias
+        if stored is WeightFormat.INT8 and scales is None:
             self._weight, self._scales = quantize_rows(weight)
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
@@ -277,10 +278,15 @@ class ReferenceBackend:
         return f"{torch.backends.cpu.get_cpu_capability().lower()}-torch{version}"
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, *, stored: WeightFormat = WeightFormat.AS_GIVEN
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stored: WeightFormat = WeightFormat.AS_GIVEN,
+        scales: Tensor | None = None,
     ) -> ReferenceLinear:
         """Keeps the weights as they are, or quantizes their rows. weight: [N, K]. bias: [N]."""
-        return ReferenceLinear(weight, bias, stored)
+        return ReferenceLinear(weight, bias, stored, scales)
 
     def prepare_gated_linear(
         self,
@@ -288,9 +294,11 @@ class ReferenceBackend:
         up: tuple[Tensor, Tensor | None],
         *,
         stored: WeightFormat = WeightFormat.AS_GIVEN,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> ReferenceGatedLinear:
         """The layer silu(gate(x)) up(x), from weight [N, K] and bias [N] of each."""
-        return ReferenceGatedLinear(ReferenceLinear(*gate, stored), ReferenceLinear(*up, stored))
+        of_gate, of_up = scales or (None, None)
+        return ReferenceGatedLinear(ReferenceLinear(*gate, stored, of_gate), ReferenceLinear(*up, stored, of_up))
 
     embedding = staticmethod(embedding)
     rms_norm = staticmethod(rms_norm)

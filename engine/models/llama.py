@@ -4,7 +4,7 @@ It is written in a backend's operations over flat token rows; it knows no reques
 on, and no sampling.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +66,8 @@ class Llama:
     ) -> None:
         """Takes `weights` as `tensor_shapes` names them, all of one dtype; linear layers are kept as the backend packs.
 
+        Linear layers that are int8 have their `…weight_scale` beside them, as `engine.compressed_tensors` declares.
+
         `layers_stored` says how the layers' linear weights are multiplied; the head's are always as given.
         """
         self._config = config
@@ -112,14 +114,34 @@ def _layer(weights: Mapping[str, Tensor], prefix: str, backend: Backend, stored:
     def linear(name: str) -> tuple[Tensor, Tensor | None]:
         return weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias")
 
-    projections = [linear(f"self_attn.{name}_proj") for name in "qkv"]
-    biases = [bias for _, bias in projections if bias is not None]
-    qkv = torch.cat([weight for weight, _ in projections]), torch.cat(biases) if biases else None
+    def scales(name: str) -> Tensor | None:
+        found = weights.get(f"{prefix}.{name}.weight_scale")
+        return None if found is None else found.flatten()
+
+    def prepare(name: str) -> Linear:
+        return backend.prepare_linear(*linear(name), stored=stored, scales=scales(name))
+
+    projections = [f"self_attn.{name}_proj" for name in "qkv"]
+    qkv, biases = zip(*map(linear, projections), strict=True)
+    gate, up = scales("mlp.gate_proj"), scales("mlp.up_proj")
     return _Layer(
         input_norm=weights[f"{prefix}.input_layernorm.weight"],
-        qkv=backend.prepare_linear(*qkv, stored=stored),
-        o=backend.prepare_linear(*linear("self_attn.o_proj"), stored=stored),
+        qkv=backend.prepare_linear(
+            torch.cat(qkv), _join(biases), stored=stored, scales=_join([scales(name) for name in projections])
+        ),
+        o=prepare("self_attn.o_proj"),
         post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
-        gate_up=backend.prepare_gated_linear(linear("mlp.gate_proj"), linear("mlp.up_proj"), stored=stored),
-        down=backend.prepare_linear(*linear("mlp.down_proj"), stored=stored),
+        gate_up=backend.prepare_gated_linear(
+            linear("mlp.gate_proj"),
+            linear("mlp.up_proj"),
+            stored=stored,
+            scales=None if gate is None or up is None else (gate, up),
+        ),
+        down=prepare("mlp.down_proj"),
     )
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One after the other; None where there are none."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None

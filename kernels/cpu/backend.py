@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels import sampling
-from kernels.backend import Rotation, Spans, WeightFormat
+from kernels.backend import Rotation, Spans, WeightFormat, check_scales
 from kernels.cpu import LIBRARY_PATH
 from kernels.cpu import library as abi
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
@@ -26,7 +26,7 @@ from kernels.sampling import TokenDraw, TokenScores
 _PANEL = 32
 
 
-_MAX_INT8_INPUTS = (2**31 - 1) // 127**2
+_MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
 """Products of two int8 are summed in int32, exactly as long as there are no more of them than this."""
 
 
@@ -34,9 +34,19 @@ class CpuLinear:
     """A linear layer in panels of 32 outputs, with its epilogue. Owns its memory; the given tensors are not kept."""
 
     def __init__(
-        self, backend: "CpuBackend", weight: Tensor, bias: Tensor | None, *, kind: WeightKind, gated_outputs: int | None
+        self,
+        backend: "CpuBackend",
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        kind: WeightKind,
+        scales: Tensor | None,
+        gated_outputs: int | None,
     ) -> None:
-        """`gated_outputs` None: as many outputs as weight has rows. Else rows alternate as `_interleave` lays them."""
+        """`scales` are those of a weight that is int8, else None.
+
+        `gated_outputs` None: as many outputs as weight has rows. Else rows alternate as `_interleave` lays them.
+        """
         outputs, inputs = weight.shape
         if not inputs:
             raise ValueError("a linear layer needs at least one input")
@@ -46,7 +56,10 @@ class CpuLinear:
         self._backend = backend
         self._out_features = outputs if gated_outputs is None else gated_outputs
         self._panels = torch.empty(library.staffetta_packed_bytes(kind, outputs, inputs), dtype=torch.uint8)
-        self._scales = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.float32)
+        if scales is None:
+            self._scales = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.float32)
+        else:
+            self._scales = functional.pad(scales.float(), (0, padded - outputs))
         self._sums = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.int32)
         self._bias = None if bias is None else functional.pad(bias.float(), (0, padded - outputs))
         source = rows(weight)
@@ -134,10 +147,16 @@ class CpuBackend:
         return out
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, *, stored: WeightFormat = WeightFormat.AS_GIVEN
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stored: WeightFormat = WeightFormat.AS_GIVEN,
+        scales: Tensor | None = None,
     ) -> CpuLinear:
-        """Packs weight [N, K] and bias [N]. float16 weights are kept as float32."""
-        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), gated_outputs=None)
+        """Packs weight [N, K] and bias [N]. float16 weights are kept as float32, int8 ones as they are."""
+        check_scales(weight, scales)
+        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), scales=scales, gated_outputs=None)
 
     def prepare_gated_linear(
         self,
@@ -145,13 +164,18 @@ class CpuBackend:
         up: tuple[Tensor, Tensor | None],
         *,
         stored: WeightFormat = WeightFormat.AS_GIVEN,
+        scales: tuple[Tensor, Tensor] | None = None,
     ) -> CpuLinear:
         """Packs the layer silu(gate(x)) up(x), from weight [N, K] and bias [N] of each. One pass over x."""
         weight = _interleave(gate[0], up[0])
-        bias = None
+        bias = joined = None
         if gate[1] is not None and up[1] is not None:
             bias = _interleave(gate[1][:, None], up[1][:, None])[:, 0]
-        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), gated_outputs=len(gate[0]))
+        for (part, _), given in zip((gate, up), scales or (None, None), strict=True):
+            check_scales(part, given)
+        if scales is not None:
+            joined = _interleave(scales[0][:, None], scales[1][:, None])[:, 0]
+        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), scales=joined, gated_outputs=len(gate[0]))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `kernels.reference.rms_norm`."""
@@ -301,7 +325,7 @@ class CpuBackend:
 
 
 def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:
-    if stored is WeightFormat.INT8:
+    if stored is WeightFormat.INT8 or weight.dtype is torch.int8:
         return WeightKind.INT8
     return WeightKind.BFLOAT16 if weight.dtype is torch.bfloat16 else WeightKind.FLOAT32
 

@@ -19,7 +19,7 @@ ABI_VERSION = 1
 MAX_GROUP = 96
 """Query heads that may share a KV head."""
 
-DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 class InstructionSet(IntEnum):

@@ -87,7 +87,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"architectures": None}, "architectures is None", "['LlamaForCausalLM']"),
     ({"model_type": "gpt2"}, "model_type is 'gpt2'", "'llama'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'", "'silu'"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}", "may change results"),
+    ({"quantization_config": {"bits": 4}}, "quant_method is None", "'compressed-tensors'"),
     ({"sliding_window": 128}, "sliding_window is 128", "may change results"),
     ({"hidden_size": None}, "hidden_size is None", "whole numbers from 1 to"),
     ({"hidden_size": 48.0}, "hidden_size is 48.0", "whole numbers"),

@@ -8,7 +8,8 @@
 #define STAFFETTA_ABI_VERSION 1
 
 enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+// int8 is for weights alone.
+enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBfloat16 = 1, kWeightInt8 = 2 };
 enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3 };
 

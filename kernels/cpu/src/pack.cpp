@@ -36,6 +36,21 @@ void pack_bfloat16(const Matrix& weight, int64_t output, uint16_t* panel) {
     panel[(k / 2 * kPanel + output % kPanel) * 2 + 1 - k % 2] = is_real && k < weight.columns ? row[k] : 0;
 }
 
+int8_t& int8_place(int8_t* panel, int64_t output, int64_t k) {
+  return panel[(k / 4 * kPanel + output % kPanel) * 4 + k % 4];
+}
+
+void copy_int8(const Matrix& weight, int64_t output, int8_t* panel, int32_t* sum) {
+  const int8_t* row = static_cast<const int8_t*>(weight.data) + output * weight.row_stride;
+  const bool is_real = output < weight.rows;
+  *sum = 0;
+  for (int64_t k = 0; k < padded(weight.columns, 4); ++k) {
+    const int8_t q = is_real && k < weight.columns ? row[k] : 0;
+    int8_place(panel, output, k) = q;
+    *sum += q;
+  }
+}
+
 void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale, int32_t* sum) {
   const bool is_real = output < weight.rows;
   float largest = 0;
@@ -46,7 +61,7 @@ void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale
   for (int64_t k = 0; k < padded(weight.columns, 4); ++k) {
     const bool is_weight = is_real && k < weight.columns;
     const int q = is_weight ? static_cast<int>(std::nearbyint(value(weight, output, k) * factor)) : 0;
-    panel[(k / 4 * kPanel + output % kPanel) * 4 + k % 4] = static_cast<int8_t>(q);
+    int8_place(panel, output, k) = static_cast<int8_t>(q);
     *sum += q;
   }
 }
@@ -65,7 +80,9 @@ void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32
   for (int64_t panel = 0; panel < padded(weight.rows, kPanel) / kPanel; ++panel) {
     char* to = static_cast<char*>(panels) + panel * panel_bytes;
     for (int64_t output = panel * kPanel; output < (panel + 1) * kPanel; ++output) {
-      if (kind == kWeightInt8)
+      if (weight.dtype == kInt8)
+        copy_int8(weight, output, reinterpret_cast<int8_t*>(to), sums + output);
+      else if (kind == kWeightInt8)
         pack_int8(weight, output, reinterpret_cast<int8_t*>(to), scales + output, sums + output);
       else if (kind == kWeightBfloat16)
         pack_bfloat16(weight, output, reinterpret_cast<uint16_t*>(to));

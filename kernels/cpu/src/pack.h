@@ -9,5 +9,6 @@ int64_t packed_bytes(int32_t kind, int64_t outputs, int64_t inputs);
 //   float32:  [panel][k][32] floats.
 //   bfloat16: [panel][k / 2][32] pairs, the earlier input in the high half. weight must be bfloat16.
 //   int8:     [panel][k / 4][32][4], symmetric per output: scale = max |w| / 127, q = round(w 127 / max |w|), ties to
-//             even; scales and sums [padded outputs] are written too.
+//             even; scales and sums [padded outputs] are written too. A weight that is int8 is copied; its scales are the
+//             caller's and not written.
 void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32_t* sums, int threads);

@@ -71,6 +71,46 @@ def test_int8_sums_are_exact(backend: CpuBackend) -> None:
     torch.testing.assert_close(out, torch.tensor([[4097.0, -4097, 4097], [-4097, 4097, -4097]]), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (37, 5), (64, 33), (521, 70)])
+def test_integers_with_scales_give_the_bits_of_the_weights_they_were_made_of(
+    backend: CpuBackend, inputs: int, outputs: int
+) -> None:
+    weight, bias, x = torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(7, inputs)
+    integers, scales = reference.quantize_rows(weight)
+    for each in (backend, REFERENCE):
+        expected = each.prepare_linear(weight, bias, stored=WeightFormat.INT8)(x)
+        assert torch.equal(each.prepare_linear(integers, bias, scales=scales)(x), expected)
+        gate, up = (weight, None), (weight.flip(0), None)
+        expected = each.prepare_gated_linear(gate, up, stored=WeightFormat.INT8)(x)
+        flipped = (integers.flip(0), None)
+        gated = each.prepare_gated_linear((integers, None), flipped, scales=(scales, scales.flip(0)))
+        assert torch.equal(gated(x), expected)
+
+
+def test_the_smallest_integer_is_multiplied_exactly(backend: CpuBackend) -> None:
+    # Symmetric quantizers of others use -128 too.
+    weight, scales = torch.full((3, 4097), -128, dtype=torch.int8), torch.tensor([1.0, 2.0, 0.5])
+    out = backend.prepare_linear(weight, scales=scales)(torch.full((1, 4097), 127.0))
+    assert out.tolist() == [[-128.0 * 127 * 4097 * scale for scale in (1.0, 2.0, 0.5)]]
+
+
+@pytest.mark.parametrize(
+    ("weight", "scales", "message"),
+    [
+        (torch.ones(4, 8, dtype=torch.int8), None, r"an int8 weight needs scales of shape \[4\], it has none"),
+        (torch.ones(4, 8, dtype=torch.int8), torch.ones(3), r"needs scales of shape \[4\], it has shape \[3\]"),
+        (torch.ones(4, 8), torch.ones(4), "a weight of torch.float32 has no scales"),
+    ],
+)
+def test_integers_and_scales_come_together(weight: Tensor, scales: Tensor | None, message: str) -> None:
+    pair = None if scales is None else (scales, scales)
+    for each in (CpuBackend(threads=1), REFERENCE):
+        with pytest.raises(ValueError, match=message):
+            each.prepare_linear(weight, scales=scales)
+        with pytest.raises(ValueError, match=message):
+            each.prepare_gated_linear((weight, None), (weight, None), scales=pair)
+
+
 @pytest.mark.parametrize("stored", WeightFormat, ids=lambda stored: stored.name.lower())
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_reaches_its_row_and_no_other(backend: CpuBackend, stored: WeightFormat, bad: float) -> None:
