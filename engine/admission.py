@@ -21,6 +21,7 @@ def check_request(request: Request, limits: EngineLimits, *, block_size: int, nu
         raise InvalidRequestError(f"max_tokens is {sampling.max_tokens}: ask for at least 1", param="max_tokens")
     if sampling.min_tokens < 0:
         raise InvalidRequestError(f"min_tokens is {sampling.min_tokens}: 0 is the least", param="min_tokens")
+    _check_choices(request, limits.max_requests)
     if not 0 <= request.first_token_index <= len(prompt):
         raise InvalidRequestError(
             f"first_token_index is {request.first_token_index} for a prompt of {len(prompt)} tokens",
@@ -44,6 +45,22 @@ def check_request(request: Request, limits: EngineLimits, *, block_size: int, nu
             f"the request needs {num_needed} KV blocks of {block_size} tokens and this worker has {num_blocks}: "
             "shorten the prompt, lower max_tokens, or give the worker more KV memory",
             param="prompt",
+        )
+
+
+def _check_choices(request: Request, max_requests: int) -> None:
+    choices = request.choices
+    if not choices or list(choices) != sorted(set(choices)) or choices[0] < 0:
+        raise InvalidRequestError(f"choices are {choices}: name each once, rising, from 0 on", param="n")
+    if len(choices) > max_requests:
+        raise InvalidRequestError(
+            f"{len(choices)} choices are asked for and this worker holds at most {max_requests}: lower n", param="n"
+        )
+    if request.first_token_index > 0 and len(choices) > 1:
+        raise InvalidRequestError(
+            f"{len(choices)} choices are asked for after {request.first_token_index} generated tokens: "
+            "one choice alone can be restarted",
+            param="first_token_index",
         )
 
 

@@ -27,11 +27,24 @@ MAX_SHRUNK_RESTARTS = 3
 
 
 class Ending(NamedTuple):
-    """A sequence that ended while its KV was on the way; its attempt has ended already."""
+    """Choices of a sequence that end. When they end while its KV is on the way, they are not open any more, and with
+    the last one the attempt has ended, too."""
 
     sequence: Sequence
+    choices: tuple[int, ...]
     finish_reason: FinishReason
-    error: StaffettaError | None
+    error: StaffettaError | None = None
+
+
+class News(NamedTuple):
+    """What the source's events mean for others than the attempts.
+
+    Sequences of `complete` have all KV and their choices' first tokens: they are to be forked.
+    """
+
+    num_events: int
+    endings: list[Ending]
+    complete: list[Sequence]
 
 
 class AttemptStage(Enum):
@@ -64,6 +77,7 @@ class AwaitingSequences:
         self._prefix = prefix
         self._attempts: dict[AttemptId, _Attempt] = {}
         self._by_request: dict[RequestId, _Attempt] = {}
+        self._complete: list[Sequence] = []
         self._next_attempt_id = 1
 
     @property
@@ -73,18 +87,17 @@ class AwaitingSequences:
 
     def consult(self, sequence: Sequence) -> Ending | None:
         """Asks the source about a sequence that is in no queue: it then waits for KV, or for its turn here."""
-        size = sequence.hasher.block_size
-        chain = sequence.chain(sequence.num_prompt_tokens // size)
-        num_cached = max(len(self._prefix.match(chain)) * size, sequence.num_computed_tokens)
+        if sequence.is_scoring:
+            sequence.release_blocks()  # what landed brings no logits: should it come to that, all is computed here
+        num_cached = max(self._num_matched(sequence), sequence.num_computed_tokens)
+        num_known = sequence.num_prompt_tokens + sequence.has_first_tokens
         try:
-            offer = self._source.lookup(
-                sequence.request, num_cached_tokens=num_cached, num_known_tokens=sequence.num_known_tokens
-            )
+            offer = self._source.lookup(sequence.request, num_cached_tokens=num_cached, num_known_tokens=num_known)
         except StaffettaError as error:
-            return Ending(sequence, FinishReason.ERROR, error)
+            return _error_ending(sequence, error)
         except Exception:
             log.exception("request %s: looking for KV elsewhere raised", sequence.request_id)
-            return Ending(sequence, FinishReason.ERROR, InternalError("looking for the prompt's KV failed"))
+            return _error_ending(sequence, InternalError("looking for the prompt's KV failed"))
         if offer is None:
             self._compute_here(sequence)
             return None
@@ -92,17 +105,18 @@ class AwaitingSequences:
         sequence.release_blocks()
         attempt_id = AttemptId(self._next_attempt_id)
         self._next_attempt_id += 1
-        attempt = _Attempt(attempt_id, sequence, len(self._prefix.match(chain)) * size)
+        attempt = _Attempt(attempt_id, sequence, self._num_matched(sequence))
         self._attempts[attempt_id] = self._by_request[sequence.request_id] = attempt
         sequence.state = SequenceState.AWAITING_KV
         self._source.begin(attempt_id, sequence.request, num_cached_tokens=attempt.num_held_tokens)
         return None
 
-    def poll(self, *, now: float) -> tuple[int, list[Ending]]:
-        """Takes the source's news in. Returns how many events there were, and the sequences that ended by them."""
+    def poll(self, *, now: float) -> News:
+        """Takes the source's news in."""
         events = self._source.poll()
-        endings = [ending for event in events if (ending := self._handle(event, now=now)) is not None]
-        return len(events), endings
+        endings = [ending for event in events for ending in self._handle(event, now=now)]
+        complete, self._complete = self._complete, []
+        return News(len(events), endings, complete)
 
     def restart_shrunk(self) -> list[Ending]:
         """Starts attempts over that wait for blocks while the prefix that the source was told of has been evicted."""
@@ -122,7 +136,7 @@ class AwaitingSequences:
 
     def grant(self, lease: PlannedLease, *, now: float) -> None:
         """Hands a sequence's newly leased blocks to the source."""
-        attempt = self._by_request[lease.request_id]
+        attempt = self._by_request[lease.sequence_id.request_id]
         sequence = attempt.sequence
         attempt.stage = AttemptStage.GRANTED
         if sequence.num_cached_tokens is None:
@@ -156,13 +170,20 @@ class AwaitingSequences:
         if not self._pool.quarantine_keys().isdisjoint(self._attempts):
             raise IntegrityError("a live attempt has blocks in quarantine")
 
-    def _handle(self, event: KVEvent, *, now: float) -> Ending | None:
+    def _num_matched(self, sequence: Sequence) -> int:
+        """Leading prompt tokens that the prefix cache holds; what is to be scored must not take them from there."""
+        if sequence.is_scoring:
+            return 0
+        size = sequence.hasher.block_size
+        return len(self._prefix.match(sequence.chain(sequence.num_prompt_tokens // size))) * size
+
+    def _handle(self, event: KVEvent, *, now: float) -> list[Ending]:
         attempt = self._attempts.get(event.attempt_id)
         if attempt is None:
             # Late news of an attempt given up. Two kinds say that nothing writes any more; the rest is dropped.
             if isinstance(event, KVQuiesced) or (isinstance(event, KVLanded) and event.is_last):
                 self._pool.release_quarantine(event.attempt_id)
-            return None
+            return []
         match event:
             case KVReady():
                 self._on_ready(attempt)
@@ -174,14 +195,14 @@ class AwaitingSequences:
                 return self._on_failed(attempt, event)
             case KVQuiesced():
                 attempt.is_quiesced = True
-        return None
+        return []
 
     def _on_ready(self, attempt: _Attempt) -> None:
         if attempt.stage is AttemptStage.BEGUN:
             attempt.stage = AttemptStage.READY
             self._scheduler.enqueue_to_receive(attempt.sequence, num_held_tokens=attempt.num_held_tokens)
 
-    def _on_landed(self, attempt: _Attempt, event: KVLanded) -> Ending | None:
+    def _on_landed(self, attempt: _Attempt, event: KVLanded) -> list[Ending]:
         sequence = attempt.sequence
         is_in_order = sequence.num_computed_tokens <= event.num_tokens <= sequence.num_prompt_tokens
         if attempt.stage is not AttemptStage.GRANTED or not is_in_order:
@@ -192,42 +213,60 @@ class AwaitingSequences:
         if event.is_last:
             attempt.stage = AttemptStage.LANDED
             self._run_if_complete(attempt)
-        return None
+        return []
 
-    def _on_first_tokens(self, attempt: _Attempt, event: KVFirstTokens, *, now: float) -> Ending | None:
-        sequence = attempt.sequence
-        (token,) = event.tokens
-        if token.index < sequence.next_output_index:
-            return None  # an earlier attempt brought it
-        if token.index > sequence.next_output_index:
+    def _on_first_tokens(self, attempt: _Attempt, event: KVFirstTokens, *, now: float) -> list[Ending]:
+        sequence, tokens = attempt.sequence, event.tokens
+        if sequence.has_first_tokens:
+            return []  # an earlier attempt brought them
+        index = sequence.request.first_token_index
+        if [token.index for token in tokens] != [index] * len(sequence.choices):
             return self._contradiction(attempt, event)
-        reason = sequence.append(token, now=now)
-        if reason is not None:
+        if sequence.is_unforked:
+            sequence.learn_first_tokens(tokens, now=now)
+        else:
+            sequence.append(tokens[0], now=now)
+        sequence.num_scored_tokens = sequence.num_prompt_tokens
+        finish_reason = sequence.request.sampling.finish_reason
+        endings = [
+            Ending(sequence, (choice,), reason)
+            for choice, token in zip(sequence.choices, tokens, strict=True)
+            if (reason := finish_reason(token)) is not None
+        ]
+        sequence.open_choices = tuple(
+            choice for choice, token in zip(sequence.choices, tokens, strict=True) if finish_reason(token) is None
+        )
+        if not sequence.open_choices:
             # At once, not with the sequence: the same poll may hold more news of this attempt, and an ending is final.
             self.abandon(sequence)
-            return Ending(sequence, reason, None)
-        self._run_if_complete(attempt)
-        return None
+        else:
+            self._run_if_complete(attempt)
+        return endings
 
     def _run_if_complete(self, attempt: _Attempt) -> None:
-        # With all KV and nothing to compute, the next token is the source's to bring: it must not be drawn here too.
-        if attempt.stage is AttemptStage.LANDED and attempt.sequence.num_pending_tokens > 0:
+        # With all KV and nothing to compute, first tokens are the source's to bring: they must not be drawn here too.
+        sequence = attempt.sequence
+        if attempt.stage is AttemptStage.LANDED and sequence.has_first_tokens:
             self._end(attempt)
-            self._scheduler.start(attempt.sequence)
+            if sequence.is_unforked:
+                self._complete.append(sequence)
+            else:
+                self._scheduler.start(sequence)
 
-    def _on_failed(self, attempt: _Attempt, event: KVFailed) -> Ending | None:
+    def _on_failed(self, attempt: _Attempt, event: KVFailed) -> list[Ending]:
         self._end(attempt)
         if event.error is not None:
-            return Ending(attempt.sequence, FinishReason.ERROR, event.error)
+            return [_error_ending(attempt.sequence, event.error)]
         attempt.sequence.state = SequenceState.WAITING
-        return self.consult(attempt.sequence)
+        ending = self.consult(attempt.sequence)
+        return [] if ending is None else [ending]
 
-    def _contradiction(self, attempt: _Attempt, event: KVEvent) -> Ending:
+    def _contradiction(self, attempt: _Attempt, event: KVEvent) -> list[Ending]:
         """Ends a request whose source said what cannot be; what a peer sent may be behind it."""
         sequence = attempt.sequence
         log.error("request %s: the KV source says %s of %s", sequence.request_id, event, attempt)
         self.abandon(sequence)
-        return Ending(sequence, FinishReason.ERROR, InternalError("the prompt's KV did not arrive in order"))
+        return [_error_ending(sequence, InternalError("the prompt's KV did not arrive in order"))]
 
     def _end(self, attempt: _Attempt) -> None:
         """Forgets the attempt. Its sequence keeps full blocks that landed; what a read may touch goes to quarantine."""
@@ -248,3 +287,7 @@ class AwaitingSequences:
             # Everything landed but the token. Its logits need the last position again, and never in a published block.
             sequence.keep_blocks((sequence.num_known_tokens - 1) // sequence.hasher.block_size).release()
         self._scheduler.enqueue(sequence)
+
+
+def _error_ending(sequence: Sequence, error: StaffettaError) -> Ending:
+    return Ending(sequence, sequence.open_choices, FinishReason.ERROR, error)

@@ -1,57 +1,37 @@
 """The engine: takes requests, computes steps, tells what came of them. Engine thread only.
 
 A request's way: `add` checks it → it waits for its turn, or for KV from elsewhere (`awaiting`) → `step` lets the
-scheduler plan, runs the plan and commits it → every piece of news is in the `StepOutput` → its blocks are given back.
-Every accepted request has exactly one ending. The engine must never let one request's failure reach another, and never
+scheduler plan, runs the plan and commits it → with its first tokens it is forked, one sequence for each choice → every
+piece of news is in the `StepOutput` → its blocks are given back. Every choice of an accepted request has exactly one
+ending. The engine must never let one request's failure reach another, and never
 hold a block that no sequence owns.
 """
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from engine.admission import check_request
-from engine.awaiting import AwaitingSequences
+from engine.awaiting import AwaitingSequences, Ending
 from engine.cache.lease import BlockLease
-from engine.cache.pool import BlockPool, IntegrityError
+from engine.cache.pool import BlockPool
 from engine.cache.prefix import CacheEvents, DisabledPrefixCache, PrefixCache
 from engine.cache.source import KVSource
+from engine.counts import EngineCounts, count
+from engine.forking import first_outputs, fork
+from engine.live import LiveSequences
 from engine.planning import EngineLimits, StepPlan
-from engine.request import FinishReason, Request, RequestId, RequestKind, SampledToken, SequenceOutput, StepOutput
+from engine.request import FinishReason, PromptToken, Request, RequestId, RequestKind, SequenceOutput, StepOutput
 from engine.scheduler import Scheduler, SliceOutcome
 from engine.sequence import Sequence, SequenceState
-from engine.step import Runner, SequenceSlice
-from kvtransfer.layout import BlockId
+from engine.step import Runner, SequenceSlice, SliceResult
 from staffetta import failpoint
-from staffetta.errors import InvalidRequestError, QueueFullError, StaffettaError, StepFailedError
+from staffetta.errors import InvalidRequestError, QueueFullError, StepFailedError
 from staffetta.hashing import BlockHasher
 
 __all__ = ["Engine", "EngineCounts", "EngineLimits"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineCounts:
-    """How full the engine is, read from the sets that the numbers describe.
-
-    `num_running` sequences can be computed in the next step; `num_waiting` wait for their turn, for KV from elsewhere
-    or for a grant; `num_held` are prefills that wait for their release. `num_pending_tokens` are known and not
-    computed.
-    """
-
-    total_blocks: int
-    free_blocks: int
-    held_blocks: int
-    cached_blocks: int
-    quarantined_blocks: int
-    num_running: int
-    num_waiting: int
-    num_held: int
-    num_pending_tokens: int
-    engine_steps: int
 
 
 class Engine:
@@ -77,8 +57,7 @@ class Engine:
         self._awaiting: AwaitingSequences | None = None
         if source is not None:
             self._awaiting = AwaitingSequences(source, self._scheduler, self._pool, self._prefix)
-        self._sequences: dict[RequestId, Sequence] = {}
-        """Every accepted request without an ending, and prefills that are held."""
+        self._live = LiveSequences()
         self._new: list[Sequence] = []
         """Sequences about which the source has not been asked."""
         self._news: list[SequenceOutput] = []
@@ -87,44 +66,52 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Accepts a request. Raises a StaffettaError, leaving nothing behind, when it cannot be served ever, or now."""
-        if request.request_id in self._sequences:
+        if request.request_id in self._live:
             raise InvalidRequestError("a request with this id is under way: ids are used once", param="request_id")
-        if len(self._sequences) >= self._limits.max_requests:
-            raise QueueFullError(
-                f"this worker holds {self._limits.max_requests} requests, as many as it may: retry later"
-            )
         check_request(request, self._limits, block_size=self._hasher.block_size, num_blocks=self._pool.num_blocks)
+        if self._live.num_choices + len(request.choices) > self._limits.max_requests:
+            raise QueueFullError(
+                f"this worker holds {self._live.num_choices} requests, a choice counted as one, and may hold "
+                f"{self._limits.max_requests}: retry later"
+            )
         sequence = Sequence(request, self._hasher, BlockLease(self._pool), self._clock())
-        self._sequences[request.request_id] = sequence
+        self._live.add(sequence)
         if self._awaiting is not None and request.kind is RequestKind.GENERATE:
             self._new.append(sequence)
         else:
             self._scheduler.enqueue(sequence)
 
     def cancel(self, request_id: RequestId) -> None:
-        """Ends a request; its last output says CANCELLED, unless it was held and had its last output. Idempotent."""
-        if (sequence := self._sequences.get(request_id)) is not None:
+        """Ends a request; the last output of each choice that has none says CANCELLED. Idempotent.
+
+        A prefill has one for all choices, and none when it was held: it has had its last output.
+        """
+        for sequence in self._live.of(request_id):
             is_held = sequence.state is SequenceState.HELD
-            output = self._finish(sequence, FinishReason.CANCELLED)
+            outputs = self._end(Ending(sequence, sequence.open_choices, FinishReason.CANCELLED))
             if not is_held:
-                self._news.append(output)
+                self._news.extend(outputs)
 
     def release(self, request_id: RequestId) -> None:
         """Frees a prefill's blocks; one that still runs ends without an output. Idempotent."""
-        if (sequence := self._sequences.get(request_id)) is not None and sequence.is_prefill:
-            self._finish(sequence, FinishReason.CANCELLED)
+        for sequence in self._live.of(request_id):
+            if sequence.is_prefill:
+                self._retire(sequence)
 
-    def grant(self, request_id: RequestId, tokens: int) -> None:
-        """Lets a request produce `tokens` more. Nothing happens for one that is over, or whose credit is unbounded."""
+    def grant(self, request_id: RequestId, choice_index: int, tokens: int) -> None:
+        """Lets a choice produce `tokens` more, also one that has not been forked off yet.
+
+        Nothing happens for one that is over, or whose credit is unbounded.
+        """
         if tokens < 0:
             raise InvalidRequestError(f"a grant of {tokens} tokens: 0 is the least", param="tokens")
-        sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.credit is not None:
-            sequence.credit += tokens
+        for sequence in self._live.of(request_id):
+            if choice_index in sequence.open_choices:
+                sequence.grant(choice_index, tokens)
 
     def has_work(self) -> bool:
         """Whether a request has no ending yet, or an ending is still to be told. Held prefills have theirs."""
-        return bool(self._news) or any(s.state is not SequenceState.HELD for s in self._sequences.values())
+        return bool(self._news) or any(s.state is not SequenceState.HELD for s in self._live)
 
     def step(self) -> StepOutput | None:
         """Takes the source's news in, computes one step, and returns all that is new.
@@ -142,22 +129,7 @@ class Engine:
 
     def counts(self) -> EngineCounts:
         """How full the engine is."""
-        blocks = self._pool.counts()
-        sequences = self._sequences.values()
-        num_held = sum(1 for s in sequences if s.state is SequenceState.HELD)
-        num_running = sum(1 for s in sequences if s.state is SequenceState.RUNNING and not s.is_paused)
-        return EngineCounts(
-            total_blocks=blocks.total,
-            free_blocks=blocks.free,
-            held_blocks=blocks.held,
-            cached_blocks=blocks.cached,
-            quarantined_blocks=blocks.quarantined,
-            num_running=num_running,
-            num_waiting=len(sequences) - num_held - num_running,
-            num_held=num_held,
-            num_pending_tokens=sum(s.num_pending_tokens for s in sequences if s.state is not SequenceState.HELD),
-            engine_steps=self._num_steps,
-        )
+        return count(self._live, self._pool, engine_steps=self._num_steps)
 
     def drain_cache_events(self) -> CacheEvents:
         """What entered and left the prefix cache since the last call."""
@@ -174,35 +146,22 @@ class Engine:
         self._scheduler.check_integrity()
         if self._awaiting is not None:
             self._awaiting.check_integrity()
-        owned: Counter[BlockId] = Counter()
-        for sequence in self._sequences.values():
-            table = tuple(sequence.lease.table)
-            owned.update(table)
-            if sequence.num_computed_tokens > len(table) * self._hasher.block_size:
-                raise IntegrityError(f"{sequence.request_id} computed more than its {len(table)} blocks hold")
-            num_full = sequence.num_computed_tokens // self._hasher.block_size
-            if any(self._pool.is_published(block_id) for block_id in table[num_full:]):
-                raise IntegrityError(f"{sequence.request_id} would write into a published block of {table}")
-            if sequence.state is SequenceState.FINISHED:
-                raise IntegrityError(f"{sequence.request_id} is finished and still here")
-        for number in range(self._pool.num_blocks):
-            block_id = BlockId(number)
-            if self._pool.num_references(block_id) != owned[block_id]:
-                num_references = self._pool.num_references(block_id)
-                raise IntegrityError(
-                    f"block {block_id} has {num_references} references, sequences own {owned[block_id]}"
-                )
+        self._live.check_integrity(self._pool)
 
     def _take_news_in(self) -> int:
         """Polls and asks the source; returns how many events there were."""
         if self._awaiting is None:
             return 0
-        num_events, endings = self._awaiting.poll(now=self._clock())
+        news = self._awaiting.poll(now=self._clock())
+        endings = list(news.endings)
+        for sequence in news.complete:
+            self._fork(sequence)
         new, self._new = self._new, []
         endings.extend(ending for sequence in new if (ending := self._awaiting.consult(sequence)) is not None)
         endings.extend(self._awaiting.restart_shrunk())
-        self._news.extend(self._finish(*ending) for ending in endings)
-        return num_events
+        for ending in endings:
+            self._news.extend(self._end(ending))
+        return news.num_events
 
     def _schedule(self) -> StepPlan:
         """The next plan that computes or leases something, or an empty one.
@@ -230,8 +189,8 @@ class Engine:
         except BaseException:
             self._scheduler.rollback()
             raise
-        reports = [self._report(sequence, outcome) for sequence, outcome in self._scheduler.commit(outcomes)]
-        return [output for output in reports if output is not None]
+        committed = self._scheduler.commit(outcomes)
+        return [output for sequence, outcome in committed for output in self._report(sequence, outcome)]
 
     def _run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceOutcome]:
         """Runs the slices; while that raises, in halves, so that nobody fails but whose slice raises alone."""
@@ -244,37 +203,89 @@ class Engine:
         middle = len(slices) // 2
         return self._run(slices[:middle]) + self._run(slices[middle:])
 
-    def _report(self, sequence: Sequence, outcome: SliceOutcome) -> SequenceOutput | None:
-        """Books what a step brought for one sequence, and makes its output; None when there is nothing to tell."""
+    def _report(self, sequence: Sequence, outcome: SliceOutcome) -> list[SequenceOutput]:
+        """Books what a step brought for one sequence, and makes its outputs; none when there is nothing to tell."""
         if isinstance(outcome, StepFailedError):
-            return self._finish(sequence, FinishReason.ERROR, outcome)
-        tokens = outcome.tokens
-        reason = sequence.append(tokens[0], now=self._clock()) if tokens else None
+            return self._end(Ending(sequence, sequence.open_choices, FinishReason.ERROR, outcome))
+        prompt_tokens = sequence.take_scored(outcome.prompt_tokens)
         if sequence.is_prefill:
-            return self._report_prefill(sequence, tokens)
-        if reason is not None:
-            return self._finish(sequence, reason, tokens=tokens)
-        return SequenceOutput(sequence.request_id, tokens=tokens) if tokens else None
+            output = self._report_prefill(sequence, outcome, prompt_tokens)
+        elif sequence.is_unforked and outcome.tokens:
+            return self._report_first_tokens(sequence, outcome, prompt_tokens)
+        else:
+            output = self._report_choice(sequence, outcome, prompt_tokens)
+        return [output] if output.tokens or output.prompt_tokens or output.final_blocks else []
 
-    def _report_prefill(self, sequence: Sequence, tokens: tuple[SampledToken, ...]) -> SequenceOutput | None:
-        final_blocks = sequence.new_final_blocks(self._pool)
-        if not tokens:
-            return SequenceOutput(sequence.request_id, final_blocks=final_blocks) if final_blocks else None
-        self._scheduler.remove(sequence)
-        sequence.state = SequenceState.HELD
-        stats = sequence.stats(now=self._clock())
-        return SequenceOutput(sequence.request_id, tokens=tokens, final_blocks=final_blocks, stats=stats)
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        error: StaffettaError | None = None,
-        *,
-        tokens: tuple[SampledToken, ...] = (),
+    def _report_choice(
+        self, sequence: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...]
     ) -> SequenceOutput:
-        """Ends a sequence wherever it is, and gives back all it has."""
-        del self._sequences[sequence.request_id]
+        (choice, *_), tokens = sequence.choices, result.tokens
+        reason = sequence.append(tokens[0], now=self._clock()) if tokens else None
+        stats = None
+        if reason is not None:
+            self._retire(sequence)
+            stats = sequence.stats(now=self._clock())
+        return SequenceOutput(
+            sequence.request_id, choice, tokens=tokens, prompt_tokens=prompt_tokens, finish_reason=reason, stats=stats
+        )
+
+    def _report_first_tokens(
+        self, parent: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...]
+    ) -> list[SequenceOutput]:
+        """Forks a sequence. First tokens that are known from elsewhere have been told; these are the same ones."""
+        outputs: list[SequenceOutput] = []
+        if not parent.first_tokens:
+            parent.learn_first_tokens(result.tokens, now=self._clock())
+            outputs = first_outputs(parent, prompt_tokens, now=self._clock())
+        self._fork(parent)
+        return outputs
+
+    def _report_prefill(
+        self, sequence: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...]
+    ) -> SequenceOutput:
+        final_blocks = sequence.new_final_blocks(self._pool)
+        stats = None
+        if result.tokens:
+            sequence.learn_first_tokens(result.tokens, now=self._clock())
+            self._scheduler.remove(sequence)
+            sequence.state = SequenceState.HELD
+            stats = sequence.stats(now=self._clock())
+        return SequenceOutput(
+            sequence.request_id,
+            sequence.choices[0],
+            tokens=result.tokens,
+            prompt_tokens=prompt_tokens,
+            final_blocks=final_blocks,
+            stats=stats,
+        )
+
+    def _fork(self, parent: Sequence) -> None:
+        """Lets every choice of `parent` that is still open run on its own."""
+        self._scheduler.remove(parent)
+        forks = fork(parent)
+        self._live.replace(parent, forks)
+        for each in forks:
+            self._scheduler.start(each)
+
+    def _end(self, ending: Ending) -> list[SequenceOutput]:
+        """Ends choices; with the last of its choices a sequence ends, too. A prefill has one output for all."""
+        sequence = ending.sequence
+        sequence.open_choices = tuple(choice for choice in sequence.open_choices if choice not in ending.choices)
+        if not sequence.open_choices:
+            self._retire(sequence)
+        stats = sequence.stats(now=self._clock())
+        return [
+            SequenceOutput(
+                sequence.request_id, choice, finish_reason=ending.finish_reason, error=ending.error, stats=stats
+            )
+            for choice in (ending.choices[:1] if sequence.is_prefill else ending.choices)
+        ]
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is, and gives back all it has. Idempotent."""
+        if sequence.state is SequenceState.FINISHED:
+            return
+        self._live.remove(sequence)
         self._scheduler.remove(sequence)
         if self._awaiting is not None:
             self._awaiting.abandon(sequence)
@@ -282,5 +293,3 @@ class Engine:
             self._new.remove(sequence)
         sequence.release_blocks()
         sequence.state = SequenceState.FINISHED
-        stats = sequence.stats(now=self._clock())
-        return SequenceOutput(sequence.request_id, tokens=tokens, finish_reason=reason, error=error, stats=stats)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVOffer, KVQuiesced, KVReady
-from engine.request import Request, RequestId, SampledToken, SamplingParams
-from engine.step import SequenceSlice, SliceResult
+from engine.request import PromptToken, Request, RequestId, SampledToken
+from engine.sequence import SequenceId
+from engine.step import Draw, SequenceSlice, SliceResult
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
 from staffetta.hashing import BlockHash
@@ -38,44 +39,82 @@ class _Context:
         """Goes on by one position, whose stored value is `value`."""
         self._digest.update(value)
 
-    def draw(self, sampling: SamplingParams, output_index: int) -> SampledToken:
-        """The token that follows all values read. Stop tokens are masked as long as `min_tokens` says."""
-        number = int.from_bytes(self._digest.digest(), "little")
+    def draw(self, draw: Draw, choice: int) -> SampledToken:
+        """The token of `choice` that follows all values read, and what penalties count.
+
+        Stop tokens are masked as long as `min_tokens` says.
+        """
+        sampling, output_index = draw.sampling, draw.output_index
+        number = self._number(choice, *draw.prompt_token_ids, len(draw.prompt_token_ids), *draw.output_token_ids)
         token_id = number % VOCAB_SIZE
         while output_index < sampling.min_tokens and token_id in sampling.stop_token_ids:
             token_id = (token_id + 1) % VOCAB_SIZE
         logprob = None if sampling.num_logprobs is None else -(number % 4096) / 1024
         return SampledToken(output_index, token_id, logprob)
 
+    def score(self, position: int, token_id: int, num_alternatives: int) -> PromptToken:
+        """How likely `token_id` is after all values read, which end before `position`."""
+        likeliest = tuple((self._number(rank) % VOCAB_SIZE, -rank / 1024) for rank in range(num_alternatives))
+        return PromptToken(position, token_id, -(self._number(token_id) % 4096) / 1024, likeliest)
 
-def expected_tokens(request: Request) -> tuple[SampledToken, ...]:
-    """All tokens that `request` generates when it goes to its end, whoever computes it."""
+    def _number(self, *salts: int) -> int:
+        digest = self._digest.copy()
+        digest.update(struct.pack(f"<{len(salts)}I", *salts))
+        return int.from_bytes(digest.digest(), "little")
+
+
+def expected_tokens(request: Request, choice: int | None = None) -> tuple[SampledToken, ...]:
+    """All tokens that a choice of `request`, by default the first, generates to its end, whoever computes it."""
     context = _Context()
     for token_id in request.prompt_token_ids:
         context.read(context.compute(token_id))
     sampling = request.sampling
+    history = list(request.prompt_token_ids)
+    num_asked = len(history) - request.first_token_index
     tokens: list[SampledToken] = []
     for index in range(request.first_token_index, sampling.max_tokens):
-        token = context.draw(sampling, index)
+        counted = (tuple(history[:num_asked]), tuple(history[num_asked:])) if sampling.is_penalised else ((), ())
+        token = context.draw(Draw(sampling, index, (), *counted), request.choices[0] if choice is None else choice)
         tokens.append(token)
         if token.token_id in sampling.stop_token_ids:
             break
+        history.append(token.token_id)
         context.read(context.compute(token.token_id))
     return tuple(tokens)
 
 
+def expected_prompt_tokens(request: Request) -> tuple[PromptToken, ...]:
+    """What `request` is told of its prompt: every position from 1 on, or nothing when it does not ask."""
+    num_alternatives = request.sampling.num_prompt_logprobs
+    if num_alternatives is None:
+        return ()
+    context = _Context()
+    scored: list[PromptToken] = []
+    asked = request.prompt_token_ids[: len(request.prompt_token_ids) - request.first_token_index]
+    for position, token_id in enumerate(asked):
+        if position > 0:
+            scored.append(context.score(position, token_id, num_alternatives))
+        context.read(context.compute(token_id))
+    return tuple(scored)
+
+
 class FakeRunner:
-    """Computes steps on numbers instead of tensors. `failing` names requests whose slices raise."""
+    """Computes steps on numbers instead of tensors.
+
+    `failing` names requests whose slices raise, and sequences: of those, slices that draw.
+    """
 
     def __init__(self, *, block_size: int) -> None:
         self._block_size = block_size
         self._values: dict[Slot, bytes] = {}
-        self.failing: set[RequestId] = set()
+        self.failing: set[RequestId | SequenceId] = set()
         self.num_runs = 0
 
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
-        """As `Runner.run`. Raises RuntimeError for a failing request, and when an unwritten slot is read."""
+        """As `Runner.run`. Raises RuntimeError for a failing request, and when an unwritten slot is read or copied."""
         self.num_runs += 1
+        for token_slice in slices:
+            self._copy(token_slice)
         return [self._run_slice(token_slice) for token_slice in slices]
 
     def write(self, block_ids: Sequence[BlockId], token_ids: Sequence[int], *, start: int) -> None:
@@ -108,23 +147,41 @@ class FakeRunner:
             for offset in range(self._block_size):
                 self._values[block_id, offset] = b"spoiled"
 
+    def _copy(self, token_slice: SequenceSlice) -> None:
+        """Copies what the slice reads of its block, and forgets what else was in the destination."""
+        if token_slice.copy is None:
+            return
+        source, destination = token_slice.copy
+        for offset in range(self._block_size):
+            self._values.pop((destination, offset), None)
+        for offset in range(token_slice.start % self._block_size):
+            if (source, offset) not in self._values:
+                raise RuntimeError(f"offset {offset} of block {source} is copied and was never written")
+            self._values[destination, offset] = self._values[source, offset]
+
     def _run_slice(self, token_slice: SequenceSlice) -> SliceResult:
-        if token_slice.request_id in self.failing:
+        draw, score = token_slice.draw, token_slice.score
+        choices = () if draw is None else draw.choices
+        names = {token_slice.request_id, *(SequenceId(token_slice.request_id, choice) for choice in choices[:1])}
+        if not self.failing.isdisjoint(names):
             raise RuntimeError(f"told to fail for {token_slice.request_id}")
         end = token_slice.start + len(token_slice.token_ids)
         if len(token_slice.block_ids) * self._block_size < end:
             raise RuntimeError(f"{len(token_slice.block_ids)} blocks do not hold {end} tokens")
         slots = [(token_slice.block_ids[p // self._block_size], p % self._block_size) for p in range(end)]
         context = _Context()
+        targets = iter(() if score is None else score.targets)
+        scored: list[PromptToken] = []
         for position, slot in enumerate(slots):
             if position >= token_slice.start:
                 self._values[slot] = context.compute(token_slice.token_ids[position - token_slice.start])
             elif slot not in self._values:
                 raise RuntimeError(f"position {position} of {token_slice.request_id} was never written")
             context.read(self._values[slot])
-        if token_slice.draw is None:
-            return SliceResult()
-        return SliceResult((context.draw(token_slice.draw.sampling, token_slice.draw.output_index),))
+            if score is not None and position >= token_slice.start and (target := next(targets, None)) is not None:
+                scored.append(context.score(position + 1, target, score.num_alternatives))
+        tokens = () if draw is None else tuple([context.draw(draw, choice) for choice in choices])
+        return SliceResult(tokens, tuple(scored))
 
 
 @dataclass(slots=True)
@@ -139,7 +196,7 @@ class FakeAttempt:
     chain_hashes: tuple[BlockHash, ...] = ()
     num_landed_tokens: int = field(init=False)
     is_ready: bool = False
-    has_sent_token: bool = False
+    has_sent_tokens: bool = False
     is_over: bool = False
     is_quiesced: bool = False
 
@@ -148,7 +205,7 @@ class FakeAttempt:
 
 
 class FakeSource:
-    """A KV source whose moves its user makes: `ready`, `land`, `send_first_token`, `fail`, `quiesce`.
+    """A KV source whose moves its user makes: `ready`, `land`, `send_first_tokens`, `fail`, `quiesce`.
 
     It offers every prompt whose id is in `offering`, every one when that is None, at most `max_attempts` times. Until
     an attempt that ended early is quiesced, `poll` keeps writing garbage into its blocks: whoever reuses them too soon
@@ -239,13 +296,13 @@ class FakeSource:
         attempt.is_quiesced = is_last
         self._tell(KVLanded(attempt_id, num_tokens, is_last))
 
-    def send_first_token(self, attempt_id: AttemptId) -> SampledToken:
-        """Delivers the first token, which the client is taken to have from now on; returns it."""
+    def send_first_tokens(self, attempt_id: AttemptId) -> tuple[SampledToken, ...]:
+        """Delivers each choice's first token, which the client is taken to have from now on; returns them."""
         attempt = self.attempts[attempt_id]
-        attempt.has_sent_token = True
-        token = expected_tokens(attempt.request)[0]
-        self._tell(KVFirstTokens(attempt_id, (token,)))
-        return token
+        attempt.has_sent_tokens = True
+        tokens = tuple(expected_tokens(attempt.request, choice)[0] for choice in attempt.request.choices)
+        self._tell(KVFirstTokens(attempt_id, tokens))
+        return tokens
 
     def fail(self, attempt_id: AttemptId, error: StaffettaError | None = None) -> None:
         """Lets the attempt bring nothing more."""

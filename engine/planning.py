@@ -11,14 +11,17 @@ from typing import NamedTuple
 
 from engine.cache.pool import BlockPool, BlockState
 from engine.cache.prefix import PrefixCache
-from engine.request import RequestId
-from engine.sequence import Sequence, SequenceState
+from engine.sequence import Sequence, SequenceId, SequenceState
+from engine.sharing import SharedBlocks
 from kvtransfer.layout import BlockId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """Bounds of an engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once."""
+    """Bounds of an engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once.
+
+    `max_requests` counts choices: a request for three of them is three.
+    """
 
     max_model_len: int
     max_batch_tokens: int
@@ -36,29 +39,34 @@ class PlannedSlice(NamedTuple):
     """Compute `num_tokens` tokens from position `start` on.
 
     A sequence that joins first shares the blocks `shared`, which the prefix cache holds; then `num_new_blocks` are
-    taken.
+    taken. `copied` is the block that the slice would write into while others hold it: it is copied into one more block,
+    which takes its place.
     """
 
-    request_id: RequestId
+    sequence_id: SequenceId
     start: int
     num_tokens: int
     shared: tuple[BlockId, ...]
     num_new_blocks: int
+    copied: BlockId | None = None
 
 
 class PlannedLease(NamedTuple):
     """Lease a prompt's blocks for KV that waits elsewhere: `shared` from the prefix cache, the rest new."""
 
-    request_id: RequestId
+    sequence_id: SequenceId
     shared: tuple[BlockId, ...]
     num_new_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What a step does, in this order: preempt, share, take new blocks, compute. A plan that preempts admits nobody."""
+    """What a step does, in this order: preempt, share, take new blocks and copies, compute.
 
-    preempted: tuple[RequestId, ...] = ()
+    A plan that preempts admits nobody.
+    """
+
+    preempted: tuple[SequenceId, ...] = ()
     leases: tuple[PlannedLease, ...] = ()
     slices: tuple[PlannedSlice, ...] = ()
 
@@ -75,7 +83,7 @@ class Snapshot:
     running: tuple[Sequence, ...]
     waiting: tuple[Sequence, ...]
     num_granted: int
-    num_held_tokens: dict[RequestId, int]
+    num_held_tokens: dict[SequenceId, int]
     pool: BlockPool
     prefix: PrefixCache
 
@@ -89,6 +97,14 @@ def _is_running(sequence: Sequence) -> bool:
     return sequence.state is SequenceState.RUNNING and sequence.is_computable
 
 
+class _Blocked(NamedTuple):
+    """A sequence that lacks blocks: it needs `num_blocks`, and maybe one to copy `written` into."""
+
+    sequence: Sequence
+    num_blocks: int
+    written: BlockId | None = None
+
+
 class _Planner:
     """The working state of one `plan_step`: what is left of budget and pool after the decisions so far."""
 
@@ -98,13 +114,14 @@ class _Planner:
         self._pool = snapshot.pool
         self._num_tokens_left = snapshot.limits.max_batch_tokens
         self._num_blocks_left = snapshot.pool.num_available
-        self._slices: dict[RequestId, PlannedSlice] = {}
+        self._slices: dict[SequenceId, PlannedSlice] = {}
         self._leases: list[PlannedLease] = []
-        self._preempted: dict[RequestId, Sequence] = {}
+        self._preempted: dict[SequenceId, Sequence] = {}
         self._claimed: set[BlockId] = set()
         """Cached blocks that a planned admission shares: no longer available, but shared a second time for nothing."""
-        self._blocked: tuple[Sequence, int] | None = None
-        """The first sequence that lacks blocks, and how many it needs."""
+        self._shared = SharedBlocks(snapshot.pool)
+        self._blocked: _Blocked | None = None
+        """The first sequence that lacks blocks."""
 
     def plan(self) -> StepPlan:
         computable = [sequence for sequence in self._snapshot.running if sequence.is_computable]
@@ -118,24 +135,30 @@ class _Planner:
         if self._blocked is None and not self._preempted:
             self._admit(len(computable) + self._snapshot.num_granted)
         if self._blocked is not None and not (self._slices or self._leases or self._preempted):
-            self._take_from_idle(*self._blocked)
+            self._take_from_idle(self._blocked)
+        for sequence_id, copied in self._shared.copies().items():
+            self._slices[sequence_id] = self._slices[sequence_id]._replace(copied=copied)
         return StepPlan(tuple(self._preempted), tuple(self._leases), tuple(self._slices.values()))
 
     def _continue(self, sequence: Sequence) -> None:
         """Gives a running sequence its part, at the cost of sequences that come after it when the pool is short."""
-        if not self._has_room_for_slice() or sequence.request_id in self._preempted:
+        if not self._has_room_for_slice() or sequence.sequence_id in self._preempted:
             return
         start = sequence.num_computed_tokens
         num_tokens = self._chunk(sequence, start)
         num_new = max(0, sequence.num_blocks_for(start + num_tokens) - sequence.num_leased_blocks)
-        while num_new > self._num_blocks_left:
+        written = self._shared.written_by(sequence)
+        while num_new + self._shared.cost_of_write(written) > self._num_blocks_left:
             victim = self._last_holder_after(sequence)
             if victim is None:
                 # It keeps what it has and waits: whoever comes before it may still take it.
-                self._blocked = self._blocked or (sequence, num_new)
+                self._blocked = self._blocked or _Blocked(sequence, num_new, written)
                 return
             self._preempt(victim)
-        self._add(PlannedSlice(sequence.request_id, start, num_tokens, (), num_new))
+        if written is not None:
+            self._num_blocks_left -= self._shared.cost_of_write(written)
+            self._shared.write(sequence, written)
+        self._add(PlannedSlice(sequence.sequence_id, start, num_tokens, (), num_new))
 
     def _admit(self, num_active: int) -> None:
         """Lets waiting sequences join, in order, until one lacks blocks or no place is left."""
@@ -153,18 +176,18 @@ class _Planner:
             num_active += 1
 
     def _admit_to_receive(self, sequence: Sequence) -> bool:
-        num_shared = self._snapshot.num_held_tokens[sequence.request_id] // sequence.hasher.block_size
+        num_shared = self._snapshot.num_held_tokens[sequence.sequence_id] // sequence.hasher.block_size
         shared = self._snapshot.prefix.match(sequence.chain(num_shared))
         num_new = sequence.num_prompt_blocks - len(shared)
         if not self._claim(sequence, shared, num_new):
             return False
-        self._leases.append(PlannedLease(sequence.request_id, shared, num_new))
+        self._leases.append(PlannedLease(sequence.sequence_id, shared, num_new))
         return True
 
     def _admit_to_compute(self, sequence: Sequence) -> bool:
         shared: tuple[BlockId, ...] = ()
         start = sequence.num_computed_tokens
-        if not sequence.lease:
+        if not sequence.lease and not sequence.is_scoring:
             # At least one token is computed, for its logits, and nothing in a published block: so a whole block is.
             num_sharable = (sequence.num_known_tokens - 1) // sequence.hasher.block_size
             shared = self._snapshot.prefix.match(sequence.chain(num_sharable))
@@ -175,7 +198,7 @@ class _Planner:
         num_new = max(0, sequence.num_blocks_for(num_covered) - sequence.num_leased_blocks - len(shared))
         if not self._claim(sequence, shared, num_new):
             return False
-        self._add(PlannedSlice(sequence.request_id, start, num_tokens, shared, num_new))
+        self._add(PlannedSlice(sequence.sequence_id, start, num_tokens, shared, num_new))
         return True
 
     def _claim(self, sequence: Sequence, shared: tuple[BlockId, ...], num_new: int) -> bool:
@@ -183,7 +206,7 @@ class _Planner:
         revived = [b for b in shared if self._pool.state(b) is BlockState.CACHED and b not in self._claimed]
         num_needed = num_new + len(revived)
         if num_needed > self._num_blocks_left:
-            self._blocked = (sequence, num_needed)
+            self._blocked = _Blocked(sequence, num_needed)
             return False
         self._claimed.update(revived)
         self._num_blocks_left -= len(revived)
@@ -201,7 +224,7 @@ class _Planner:
         return end - start
 
     def _add(self, planned: PlannedSlice) -> None:
-        self._slices[planned.request_id] = planned
+        self._slices[planned.sequence_id] = planned
         self._num_tokens_left -= planned.num_tokens
         self._num_blocks_left -= planned.num_new_blocks
 
@@ -210,24 +233,26 @@ class _Planner:
 
     def _preempt(self, victim: Sequence) -> None:
         """Takes a victim's blocks, and what this plan gave it."""
-        planned = self._slices.pop(victim.request_id, None)
+        planned = self._slices.pop(victim.sequence_id, None)
         if planned is not None:
             self._num_tokens_left += planned.num_tokens
             self._num_blocks_left += planned.num_new_blocks
-        self._num_blocks_left += self._num_freed_by(victim)
-        self._preempted[victim.request_id] = victim
-
-    def _num_freed_by(self, victim: Sequence) -> int:
-        """Blocks that become available with the victim's end; those that others share do not."""
-        return sum(1 for block_id in victim.lease.table if self._pool.num_references(block_id) == 1)
+        self._num_blocks_left += self._shared.give_back(victim)
+        self._preempted[victim.sequence_id] = victim
 
     def _holders(self) -> list[Sequence]:
-        """Sequences whose blocks may be taken, in order: no prefill's, because a peer may be reading them."""
+        """Sequences whose blocks may be taken, in order: no prefill's, because a peer may be reading them.
+
+        Nor those of a sequence whose first tokens are being drawn: its forks will hold them when the plan is applied.
+        """
         snapshot = self._snapshot
         holders = [
             sequence
             for sequence in (*snapshot.running, *snapshot.waiting)
-            if sequence.lease and not sequence.is_prefill and sequence.request_id not in self._preempted
+            if sequence.lease
+            and not sequence.is_prefill
+            and not (sequence.is_unforked and sequence.num_placeholders)
+            and sequence.sequence_id not in self._preempted
         ]
         return sorted(holders, key=lambda sequence: sequence.order)
 
@@ -235,14 +260,15 @@ class _Planner:
         holders = self._holders()
         return holders[-1] if holders and holders[-1].order > sequence.order else None
 
-    def _take_from_idle(self, blocked: Sequence, num_needed: int) -> None:
+    def _take_from_idle(self, blocked: _Blocked) -> None:
         """Ends a standstill: nothing runs, somebody lacks blocks, and sequences that cannot go on now sit on some.
 
         Such a sequence waits for its client or for its turn. Whoever has no grant must not stop the others, even when
         it came first; it is recomputed later. Nothing is taken while all of it would not be enough.
         """
-        idle = [each for each in self._holders() if each is not blocked and not _is_running(each)]
-        if self._num_blocks_left + sum(map(self._num_freed_by, idle)) < num_needed:
-            return
-        while idle and self._num_blocks_left < num_needed:
+        idle = [each for each in self._holders() if each is not blocked.sequence and not _is_running(each)]
+        while blocked.num_blocks + self._shared.cost_of_write(blocked.written) > self._num_blocks_left:
+            if not idle:
+                self._preempted.clear()
+                return
             self._preempt(idle.pop())

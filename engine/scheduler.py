@@ -5,15 +5,18 @@ Parts of such a plan that the commit made pointless are dropped by `apply`.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.cache.lease import BlockLease
 from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
 from engine.planning import EngineLimits, PlannedLease, PlannedSlice, Snapshot, StepPlan, plan_step
-from engine.request import RequestId
-from engine.sequence import OrderKey, Sequence, SequenceState
-from engine.step import Draw, SequenceSlice, SliceResult
+from engine.sequence import OrderKey, Sequence, SequenceId, SequenceState
+from engine.slicing import slice_of
+from engine.step import BlockCopy, SequenceSlice, SliceResult
+from kvtransfer.layout import BlockId
 from staffetta.errors import StepFailedError
 
 SliceOutcome = SliceResult | StepFailedError
@@ -31,6 +34,8 @@ class _InFlight(NamedTuple):
     start: int
     end: int
     num_placeholders: int
+    replaced: BlockLease | None
+    """The block that the slice copied; held until the step is over, so that a part of it may be run again."""
 
 
 def _order(sequence: Sequence) -> OrderKey:
@@ -49,9 +54,9 @@ class Scheduler:
         self._clock = clock
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
-        self._num_held_tokens: dict[RequestId, int] = {}
+        self._num_held_tokens: dict[SequenceId, int] = {}
         """What the source was told is here already, for the sequences of `_waiting` whose KV waits elsewhere."""
-        self._queued: dict[RequestId, Sequence] = {}
+        self._queued: dict[SequenceId, Sequence] = {}
         """Both queues, by id."""
         self._in_flight: list[_InFlight] = []
 
@@ -62,7 +67,7 @@ class Scheduler:
 
     def enqueue_to_receive(self, sequence: Sequence, *, num_held_tokens: int) -> None:
         """Lets a sequence wait for blocks for KV that exists elsewhere, beyond the first `num_held_tokens`."""
-        self._num_held_tokens[sequence.request_id] = num_held_tokens
+        self._num_held_tokens[sequence.sequence_id] = num_held_tokens
         self._insert(self._waiting, sequence)
 
     def start(self, sequence: Sequence) -> None:
@@ -76,8 +81,9 @@ class Scheduler:
             index = bisect.bisect_left(queue, sequence.order, key=_order)
             if index < len(queue) and queue[index] is sequence:
                 del queue[index]
-        self._queued.pop(sequence.request_id, None)
-        self._num_held_tokens.pop(sequence.request_id, None)
+        if self._queued.get(sequence.sequence_id) is sequence:
+            del self._queued[sequence.sequence_id]
+            self._num_held_tokens.pop(sequence.sequence_id, None)
 
     def snapshot(self, *, num_granted: int) -> Snapshot:
         """What `schedule` decides from."""
@@ -100,11 +106,11 @@ class Scheduler:
         if self._in_flight:
             raise IntegrityError("the step before is not committed")
         queued = self._queued
-        for request_id in plan.preempted:
-            if (victim := queued.get(request_id)) is not None:
+        for sequence_id in plan.preempted:
+            if (victim := queued.get(sequence_id)) is not None:
                 self._preempt(victim)
-        leases = [(queued[lease.request_id], lease) for lease in plan.leases if lease.request_id in queued]
-        slices = [(queued[part.request_id], part) for part in plan.slices if part.request_id in queued]
+        leases = [(queued[lease.sequence_id], lease) for lease in plan.leases if lease.sequence_id in queued]
+        slices = [(queued[part.sequence_id], part) for part in plan.slices if part.sequence_id in queued]
         # All shares before any allocation, which might evict what another admission of this plan shares.
         for sequence, lease in leases:
             sequence.lease.share(lease.shared)
@@ -112,14 +118,24 @@ class Scheduler:
             sequence.lease.share(part.shared)
         for sequence, lease in leases:
             self._lease_to_receive(sequence, lease)
-        return tuple([self._dispatch(sequence, part) for sequence, part in slices])
+        # All copies before any write, which is in place once the others who held the block have theirs.
+        replaced = [self._replace(sequence, part) for sequence, part in slices]
+        num_given_up = Counter(lease.table[0] for lease in replaced if lease is not None)
+        return tuple(
+            [
+                self._dispatch(sequence, part, lease, num_given_up=num_given_up)
+                for (sequence, part), lease in zip(slices, replaced, strict=True)
+            ]
+        )
 
     def commit(self, outcomes: list[SliceOutcome]) -> list[Committed]:
         """Ends the step in flight: one outcome for each slice, in order. Blocks that became full are published."""
         in_flight, self._in_flight = self._in_flight, []
         committed: list[Committed] = []
-        for (sequence, start, end, num_placeholders), outcome in zip(in_flight, outcomes, strict=True):
+        for (sequence, start, end, num_placeholders, replaced), outcome in zip(in_flight, outcomes, strict=True):
             sequence.num_placeholders -= num_placeholders
+            if replaced is not None:
+                replaced.release()
             if isinstance(outcome, StepFailedError):
                 sequence.num_computed_tokens = start
             else:
@@ -129,11 +145,13 @@ class Scheduler:
         return committed
 
     def rollback(self) -> None:
-        """Undoes the counting of the step in flight; blocks that it took stay with their sequences."""
+        """Undoes the counting of the step in flight, and its copies; new blocks that it took stay where they are."""
         in_flight, self._in_flight = self._in_flight, []
-        for sequence, start, _end, num_placeholders in in_flight:
+        for sequence, start, _end, num_placeholders, replaced in in_flight:
             sequence.num_placeholders -= num_placeholders
             sequence.num_computed_tokens = start
+            if replaced is not None:
+                sequence.lease.restore(start // sequence.hasher.block_size, replaced)
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless queues and sequences agree. Between steps only."""
@@ -142,17 +160,17 @@ class Scheduler:
                 raise IntegrityError(f"the {name} queue is out of order")
         for sequence in self._running:
             if sequence.state is not SequenceState.RUNNING or not sequence.lease or sequence.num_placeholders:
-                raise IntegrityError(f"{sequence.request_id} runs as {sequence}")
+                raise IntegrityError(f"{sequence.sequence_id} runs as {sequence}")
         for sequence in self._waiting:
-            is_told = sequence.request_id in self._num_held_tokens
+            is_told = sequence.sequence_id in self._num_held_tokens
             wanted = SequenceState.AWAITING_KV if is_told else SequenceState.WAITING
             if sequence.state is not wanted or (is_told and sequence.lease):
-                raise IntegrityError(f"{sequence.request_id} waits as {sequence}")
+                raise IntegrityError(f"{sequence.sequence_id} waits as {sequence}")
 
     def _insert(self, queue: list[Sequence], sequence: Sequence) -> None:
-        if sequence.request_id in self._queued:
-            raise IntegrityError(f"{sequence.request_id} is queued already")
-        self._queued[sequence.request_id] = sequence
+        if sequence.sequence_id in self._queued:
+            raise IntegrityError(f"{sequence.sequence_id} is queued already")
+        self._queued[sequence.sequence_id] = sequence
         bisect.insort(queue, sequence, key=_order)
 
     def _preempt(self, victim: Sequence) -> None:
@@ -167,25 +185,30 @@ class Scheduler:
         sequence.num_published_blocks = len(lease.shared)
         sequence.num_computed_tokens = len(lease.shared) * sequence.hasher.block_size
 
-    def _dispatch(self, sequence: Sequence, part: PlannedSlice) -> SequenceSlice:
+    def _replace(self, sequence: Sequence, part: PlannedSlice) -> BlockLease | None:
+        """Makes room for the copy of a block that others hold; returns the reference to it."""
+        if part.copied is None:
+            return None
+        return sequence.lease.replace(part.start // sequence.hasher.block_size)
+
+    def _dispatch(
+        self, sequence: Sequence, part: PlannedSlice, replaced: BlockLease | None, *, num_given_up: Counter[BlockId]
+    ) -> SequenceSlice:
+        """`num_given_up` counts the references that slices of this step keep to blocks only in order to copy them."""
         if sequence.state is SequenceState.WAITING:
             self._join(sequence, part)
         sequence.lease.extend(part.num_new_blocks)
         end = part.start + part.num_tokens
         first_written = sequence.lease.table[part.start // sequence.hasher.block_size]
         if self._pool.is_published(first_written):
-            raise IntegrityError(f"{sequence.request_id} would write into the published block {first_written}")
-        is_sampling = end == sequence.num_known_tokens
-        token_slice = SequenceSlice(
-            request_id=sequence.request_id,
-            token_ids=tuple(sequence.token_ids[part.start : end]),
-            start=part.start,
-            block_ids=sequence.block_ids(end),
-            draw=Draw(sequence.request.sampling, sequence.next_output_index) if is_sampling else None,
-        )
+            raise IntegrityError(f"{sequence.sequence_id} would write into the published block {first_written}")
+        if self._pool.num_references(first_written) - num_given_up[first_written] != 1:
+            raise IntegrityError(f"{sequence.sequence_id} would write into block {first_written}, which others hold")
+        copy = None if replaced is None else BlockCopy(replaced.table[0], first_written)
+        token_slice = slice_of(sequence, part.start, end, copy)
         sequence.num_computed_tokens = end
-        sequence.num_placeholders = int(is_sampling)
-        self._in_flight.append(_InFlight(sequence, part.start, end, int(is_sampling)))
+        sequence.num_placeholders = int(token_slice.draw is not None)
+        self._in_flight.append(_InFlight(sequence, part.start, end, sequence.num_placeholders, replaced))
         return token_slice
 
     def _join(self, sequence: Sequence, part: PlannedSlice) -> None:

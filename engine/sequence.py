@@ -1,12 +1,27 @@
-"""The progress of one request: tokens known, tokens computed, blocks, state. Engine thread only; no decisions here."""
+"""The progress of one request, or of one of its choices: tokens known, tokens computed, blocks, state. Engine thread
+only; no decisions here.
+
+One sequence goes through the prompt for all choices of a request. When it has their first tokens it is forked
+(`engine.forking`): from then on each choice that goes on has a sequence of its own.
+"""
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from engine.cache.lease import BlockLease
 from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
-from engine.request import FinalBlock, FinishReason, Request, RequestId, RequestKind, SampledToken, SequenceStats
+from engine.request import (
+    FinalBlock,
+    FinishReason,
+    PromptToken,
+    Request,
+    RequestId,
+    RequestKind,
+    SampledToken,
+    SequenceStats,
+)
 from kvtransfer.layout import BlockId
 from staffetta.hashing import BlockHash, BlockHasher
 
@@ -17,6 +32,7 @@ class SequenceState(Enum):
     WAITING ─▶ RUNNING ─▶ FINISHED                         and RUNNING ─▶ WAITING when it is preempted
     WAITING ─▶ AWAITING_KV ─▶ RUNNING                      KV came from elsewhere; WAITING again when it did not
     WAITING ─▶ RUNNING ─▶ HELD ─▶ FINISHED                 a prefill, until it is released
+    a fork begins as RUNNING, and its parent ends as FINISHED
     """
 
     WAITING = "waiting"
@@ -26,16 +42,26 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
-OrderKey = tuple[int, int, str]
+class SequenceId(NamedTuple):
+    """Names a sequence among those that are queued: its request, and the first choice that it stands for."""
+
+    request_id: RequestId
+    choice_index: int
+
+    def __str__(self) -> str:
+        return f"{self.request_id}/{self.choice_index}"
+
+
+OrderKey = tuple[int, int, str, int]
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way.
+    """One request on its way, for all of `choices`; more than one means that it has not been forked yet.
 
     `token_ids` are the tokens known: prompt, then generated ones; `num_placeholders` (0 or 1) more are being drawn by a
     step in flight. KV of the first `num_computed_tokens` is in the blocks of `lease`, or will be when the step in
-    flight has run. `chain` grows with the full blocks of known tokens.
+    flight has run.
     """
 
     request: Request
@@ -43,7 +69,13 @@ class Sequence:
     lease: BlockLease
     """Empty until its first part is planned, and again after preemption."""
     arrived_at: float
+    choices: tuple[int, ...] = ()
+    """The request's, or the one that a fork stands for; () is short for the request's."""
     state: SequenceState = SequenceState.WAITING
+    open_choices: tuple[int, ...] = field(init=False)
+    """Those of `choices` that have no ending."""
+    first_tokens: dict[int, SampledToken] = field(default_factory=dict)
+    """By choice, once they are known and until the fork. A sequence of one choice has its own in `token_ids`."""
     token_ids: list[int] = field(init=False)
     num_placeholders: int = 0
     num_computed_tokens: int = 0
@@ -51,7 +83,12 @@ class Sequence:
     """Leading blocks already offered to the prefix cache; some stay private because their hash had a block."""
     num_reported_blocks: int = 0
     """Leading blocks of a PREFILL already in an output's `final_blocks`."""
+    num_scored_tokens: int = 1
+    """Leading prompt tokens whose log-probability was told, when the request asks; the first one has none."""
     credit: int | None = field(init=False)
+    """Tokens that each choice may produce: the least of what theirs allow."""
+    granted: dict[int, int] = field(init=False)
+    """Tokens granted since the request began, by choice."""
     num_shrunk: int = 0
     """How often an attempt started over because the local prefix had shrunk."""
 
@@ -64,19 +101,30 @@ class Sequence:
     max_computed_tokens: int = 0
     """The furthest that computing ever came; below it everything is recomputing."""
 
+    sequence_id: SequenceId = field(init=False)
+    """Its name in the queues."""
     order: OrderKey = field(init=False)
     """Who comes first: higher priority, then earlier arrival. Victims are taken from the other end."""
-    _chain: list[BlockHash] = field(init=False, default_factory=list)
+    hashes: list[BlockHash] = field(default_factory=list)
+    """The root of its chain, when that was asked for, and the hashes of its first full blocks so far."""
 
     def __post_init__(self) -> None:
+        self.choices = self.open_choices = self.choices or self.request.choices
         self.token_ids = list(self.request.prompt_token_ids)
         self.credit = self.request.credit
-        self.order = (-self.request.priority, self.request.arrival, self.request.request_id)
+        self.granted = dict.fromkeys(self.choices, 0)
+        self.sequence_id = SequenceId(self.request.request_id, self.choices[0])
+        self.order = (-self.request.priority, self.request.arrival, *self.sequence_id)
 
     @property
     def request_id(self) -> RequestId:
         """The request's id."""
         return self.request.request_id
+
+    @property
+    def is_unforked(self) -> bool:
+        """Whether it goes through the prompt for several choices."""
+        return len(self.choices) > 1
 
     @property
     def is_prefill(self) -> bool:
@@ -109,15 +157,39 @@ class Sequence:
         return self.request.first_token_index + self.num_generated_tokens
 
     @property
+    def has_first_tokens(self) -> bool:
+        """Whether every choice's first token is known, maybe from elsewhere."""
+        return bool(self.first_tokens) or len(self.token_ids) > self.num_prompt_tokens
+
+    @property
     def is_paused(self) -> bool:
-        """Whether the receiver has yet to grant further tokens."""
-        return self.credit is not None and self.num_generated_tokens >= self.credit
+        """Whether the receiver of one of its choices has yet to grant further tokens.
+
+        Before the fork, first tokens that are known already are drawn again, and told to nobody: no credit is needed.
+        """
+        return self.credit is not None and self.num_generated_tokens >= self.credit and not self.first_tokens
 
     @property
     def is_drained(self) -> bool:
         """Whether the last token it may have is being drawn."""
-        limit = 1 if self.is_prefill else self.request.sampling.max_tokens - self.request.first_token_index
-        return self.num_generated_tokens >= limit
+        if self.is_prefill or self.is_unforked:
+            return self.num_placeholders > 0
+        return self.num_generated_tokens >= self.request.sampling.max_tokens - self.request.first_token_index
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether the request wants log-probabilities of prompt tokens that have not been told.
+
+        Such a sequence computes its prompt from the first token on: a prefix hit brings no logits. What was generated
+        before a restart is not scored.
+        """
+        is_asked = self.request.sampling.num_prompt_logprobs is not None
+        return is_asked and self.num_scored_tokens < self.num_asked_tokens
+
+    @property
+    def num_asked_tokens(self) -> int:
+        """Tokens of the prompt without those generated before a restart."""
+        return self.num_prompt_tokens - self.request.first_token_index
 
     @property
     def is_computable(self) -> bool:
@@ -141,12 +213,12 @@ class Sequence:
     def chain(self, num_blocks: int) -> list[BlockHash]:
         """Hashes of the first `num_blocks` blocks, which must be full of known tokens."""
         size = self.hasher.block_size
-        if not self._chain:
-            self._chain.append(self.hasher.root(salt=self.request.cache_salt))
-        while len(self._chain) <= num_blocks:
-            start = (len(self._chain) - 1) * size
-            self._chain.append(self.hasher.extend(self._chain[-1], self.token_ids[start : start + size]))
-        return self._chain[1 : num_blocks + 1]
+        if not self.hashes:
+            self.hashes.append(self.hasher.root(salt=self.request.cache_salt))
+        while len(self.hashes) <= num_blocks:
+            start = (len(self.hashes) - 1) * size
+            self.hashes.append(self.hasher.extend(self.hashes[-1], self.token_ids[start : start + size]))
+        return self.hashes[1 : num_blocks + 1]
 
     def append(self, token: SampledToken, *, now: float) -> FinishReason | None:
         """Adds a generated token and says whether the sequence ends with it. `now` is for statistics."""
@@ -156,6 +228,28 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = now
         return self.request.sampling.finish_reason(token)
+
+    def grant(self, choice: int, num_tokens: int) -> None:
+        """Lets one of `choices` produce more; nothing happens when its credit is unbounded."""
+        self.granted[choice] += num_tokens
+        if self.request.credit is not None:
+            self.credit = self.request.credit + min(self.granted.values())
+
+    def learn_first_tokens(self, tokens: tuple[SampledToken, ...], *, now: float) -> None:
+        """Remembers the first token of each of `choices` until the fork."""
+        if any(token.index != self.next_output_index for token in tokens):
+            raise IntegrityError(f"{self.request_id}: {tokens} where token {self.next_output_index} comes next")
+        self.first_tokens = dict(zip(self.choices, tokens, strict=True))
+        if self.first_token_at is None:
+            self.first_token_at = now
+
+    def take_scored(self, tokens: tuple[PromptToken, ...]) -> tuple[PromptToken, ...]:
+        """Books scored prompt tokens and returns those not told before: a recomputed prompt is scored again."""
+        new = tuple([token for token in tokens if token.position >= self.num_scored_tokens])
+        if new and new[0].position != self.num_scored_tokens:
+            raise IntegrityError(f"{self.request_id}: token {new[0].position} scored, {self.num_scored_tokens} is next")
+        self.num_scored_tokens += len(new)
+        return new
 
     def publish(self, prefix: PrefixCache, *, num_final_tokens: int) -> None:
         """Offers blocks that became full and final to the prefix cache."""

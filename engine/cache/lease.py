@@ -74,6 +74,33 @@ class BlockLease:
         if num_blocks:
             self.table.append(self._pool.allocate(num_blocks))
 
+    def fork(self) -> "BlockLease":
+        """A second lease of the same blocks."""
+        other = BlockLease(self._pool)
+        other.share(tuple(self.table))
+        return other
+
+    def replace(self, index: int) -> "BlockLease":
+        """Puts a newly allocated block at `index`; the reference to the old one moves to the lease that is returned.
+
+        The caller has checked that a block is available. The lease has a new table; one read before stays as it was.
+        """
+        (new,) = self._pool.allocate(1)
+        return self._put(index, new)
+
+    def restore(self, index: int, replaced: "BlockLease") -> None:
+        """Undoes `replace`, which returned `replaced`; the block that it put there is given back."""
+        (old,) = replaced.table
+        replaced.table = BlockTable()
+        self._put(index, old).release()
+
+    def _put(self, index: int, block_id: BlockId) -> "BlockLease":
+        rest = BlockLease(self._pool)
+        block_ids = tuple(self.table)
+        rest.table.append((block_ids[index],))
+        self.table = BlockTable((*block_ids[:index], block_id, *block_ids[index + 1 :]))
+        return rest
+
     def split(self, num_kept: int) -> "BlockLease":
         """Keeps the first `num_kept` blocks; the references to the others move to the lease that is returned.
 

@@ -21,7 +21,13 @@ def make_hasher(block_size: int = BLOCK_SIZE) -> BlockHasher:
 
 
 def make_sampling(
-    *, max_tokens: int = 5, min_tokens: int = 0, stop: frozenset[int] = frozenset(), num_logprobs: int | None = None
+    *,
+    max_tokens: int = 5,
+    min_tokens: int = 0,
+    stop: frozenset[int] = frozenset(),
+    num_logprobs: int | None = None,
+    num_prompt_logprobs: int | None = None,
+    presence_penalty: float = 0.0,
 ) -> SamplingParams:
     return SamplingParams(
         temperature=0.0,
@@ -32,6 +38,8 @@ def make_sampling(
         min_tokens=min_tokens,
         stop_token_ids=stop,
         num_logprobs=num_logprobs,
+        num_prompt_logprobs=num_prompt_logprobs,
+        presence_penalty=presence_penalty,
     )
 
 
@@ -48,6 +56,7 @@ def make_request(
     credit: int | None = None,
     first_token_index: int = 0,
     cache_salt: bytes = b"",
+    choices: tuple[int, ...] = (0,),
 ) -> Request:
     return Request(
         request_id=RequestId(name),
@@ -59,6 +68,7 @@ def make_request(
         credit=credit,
         first_token_index=first_token_index,
         cache_salt=cache_salt,
+        choices=choices,
     )
 
 
@@ -120,6 +130,28 @@ def run_to_end(engine: Engine, *, max_steps: int = 500) -> dict[str, list[Sequen
             return collected
         for each in output.outputs:
             collected.setdefault(str(each.request_id), []).append(each)
+    raise AssertionError(f"not at rest after {max_steps} steps: {engine.counts()}")
+
+
+def step_choices(engine: Engine) -> dict[tuple[str, int], SequenceOutput]:
+    """One step, with the books checked; its outputs by request and choice."""
+    output = engine.step()
+    engine.check_integrity()
+    outputs = () if output is None else output.outputs
+    by_choice = {(str(each.request_id), each.choice_index): each for each in outputs}
+    assert len(by_choice) == len(outputs), "one output for each choice and step"
+    return by_choice
+
+
+def run_choices(engine: Engine, *, max_steps: int = 500) -> dict[tuple[str, int], list[SequenceOutput]]:
+    """Steps until nothing happens any more; all outputs by request and choice."""
+    collected: dict[tuple[str, int], list[SequenceOutput]] = {}
+    for _ in range(max_steps):
+        num_steps = engine.counts().engine_steps
+        for key, each in step_choices(engine).items():
+            collected.setdefault(key, []).append(each)
+        if engine.counts().engine_steps == num_steps:
+            return collected
     raise AssertionError(f"not at rest after {max_steps} steps: {engine.counts()}")
 
 

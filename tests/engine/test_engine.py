@@ -52,10 +52,10 @@ def test_a_request_runs_to_its_last_token_and_gives_its_blocks_back() -> None:
 def test_the_stop_token_is_emitted_with_the_ending() -> None:
     engine, _ = make_engine()
     free = wanted(make_request("a", sampling=make_sampling(max_tokens=8)))
-    stop = frozenset({free[3]})
+    stop = frozenset({free[1]})
     engine.add(make_request("a", sampling=make_sampling(max_tokens=8, stop=stop)))
     outputs = run_to_end(engine)["a"]
-    assert token_ids(outputs) == free[:4] and reason(outputs) is FinishReason.STOP
+    assert token_ids(outputs) == free[:2] and reason(outputs) is FinishReason.STOP
 
 
 class DeafRunner(FakeRunner):
@@ -246,13 +246,13 @@ def test_a_sequence_without_credit_pauses_until_it_is_granted_more() -> None:
     engine.add(request)
     assert token_ids(run_to_end(engine)["a"]) == wanted(request)[:2]
     assert (engine.counts().num_waiting, engine.counts().num_running, engine.has_work()) == (1, 0, True)
-    engine.grant(RequestId("a"), 0)
+    engine.grant(RequestId("a"), 0, 0)
     assert engine.step() is None
-    engine.grant(RequestId("a"), 9)
+    engine.grant(RequestId("a"), 0, 9)
     assert token_ids(run_to_end(engine)["a"]) == wanted(request)[2:]
-    engine.grant(RequestId("a"), 1)
+    engine.grant(RequestId("a"), 0, 1)
     with pytest.raises(InvalidRequestError, match="a grant of -1"):
-        engine.grant(RequestId("a"), -1)
+        engine.grant(RequestId("a"), 0, -1)
 
 
 def test_a_request_that_makes_a_step_raise_fails_alone_in_the_same_step(caplog: pytest.LogCaptureFixture) -> None:

@@ -164,7 +164,7 @@ class History:
             self.give(self.rng.choice(live), self.rng.randrange(1, 4))
 
     def give(self, client: Client, num_tokens: int) -> None:
-        self.engine.grant(client.request.request_id, num_tokens)
+        self.engine.grant(client.request.request_id, 0, num_tokens)
         request = client.request
         assert request.credit is not None
         client.request = Request(
@@ -206,9 +206,9 @@ class History:
         if attempt.block_ids is not None and not is_complete:
             moves.append("land")
             assert attempt.num_landed_tokens <= num_tokens
-        if not attempt.has_sent_token:
+        if not attempt.has_sent_tokens:
             moves.append("token")
-        if self.rng.random() < 0.15 and not (is_complete and attempt.has_sent_token):
+        if self.rng.random() < 0.15 and not (is_complete and attempt.has_sent_tokens):
             moves.append("fail")
         return moves
 
@@ -230,7 +230,7 @@ class History:
 
     def deliver_first_token(self, attempt_id: AttemptId) -> None:
         """The client has the token at once, unless an earlier attempt brought it."""
-        token = self.source.send_first_token(attempt_id)
+        (token,) = self.source.send_first_tokens(attempt_id)
         client = self.clients[self.source.attempts[attempt_id].request.request_id]
         if client.ending is None and not client.tokens:
             client.tokens.append(token)

@@ -10,7 +10,7 @@ from engine.fake import FakeRunner, expected_tokens
 from engine.planning import EngineLimits, PlannedSlice, StepPlan
 from engine.request import Request, RequestId, RequestKind, SampledToken
 from engine.scheduler import Scheduler, SliceOutcome
-from engine.sequence import Sequence, SequenceState
+from engine.sequence import Sequence, SequenceId, SequenceState
 from engine.step import Draw, SliceResult
 from staffetta.errors import StepFailedError
 from tests.engine.making import (
@@ -193,7 +193,7 @@ def test_a_paused_sequence_gives_way_when_nothing_else_can_run() -> None:
     other = make_request("other", range(20, 34), sampling=make_sampling(max_tokens=3))
     engine.add(other)
     assert token_ids(run_to_end(engine)["other"]) == wanted(other)
-    engine.grant(RequestId("paused"), 10)
+    engine.grant(RequestId("paused"), 0, 10)
     outputs["paused"] += run_to_end(engine)["paused"]
     assert token_ids(outputs["paused"]) == wanted(paused)
     stats = outputs["paused"][-1].stats
@@ -289,8 +289,8 @@ def test_what_a_plan_gave_a_victim_goes_to_others_in_the_same_plan() -> None:
         books.scheduler.start(sequence)
     plan = books.plan()
     # "last" had one token and one new block; its own block comes on top: three blocks for "long", one token for "more".
-    assert plan.preempted == ("last",)
-    assert [(part.request_id, part.num_tokens, part.num_new_blocks) for part in plan.slices] == [
+    assert plan.preempted == (("last", 0),)
+    assert [(part.sequence_id.request_id, part.num_tokens, part.num_new_blocks) for part in plan.slices] == [
         ("stays", 1, 1),
         ("long", 12, 3),
         ("more", 1, 0),
@@ -334,7 +334,7 @@ def test_a_rolled_back_step_is_planned_again_as_it_was() -> None:
     plan = books.plan()
     books.scheduler.apply(plan)
     books.scheduler.rollback()
-    assert books.plan() == plan == StepPlan(slices=(PlannedSlice(RequestId("a"), 6, 1, (), 0),))
+    assert books.plan() == plan == StepPlan(slices=(PlannedSlice(SequenceId(RequestId("a"), 0), 6, 1, (), 0),))
 
 
 def test_a_failed_slice_publishes_nothing() -> None:
@@ -348,7 +348,7 @@ def test_a_failed_slice_publishes_nothing() -> None:
 def test_the_scheduler_refuses_what_only_a_defect_can_ask_for() -> None:
     books = Books()
     sequence = books.add(make_request("a", range(8)))
-    with pytest.raises(IntegrityError, match="a is queued already"):
+    with pytest.raises(IntegrityError, match="a/0 is queued already"):
         books.scheduler.enqueue(sequence)
     books.scheduler.apply(books.plan())
     with pytest.raises(IntegrityError, match="not committed"):

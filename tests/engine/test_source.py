@@ -66,7 +66,7 @@ def test_a_hand_off_brings_kv_then_the_token_and_the_engine_goes_on_from_there()
     source.land(FIRST, 10)
     assert run_to_end(engine) == {}  # everything landed, and the token that the source promised is not drawn here
     assert runner.num_runs == 0
-    source.send_first_token(FIRST)
+    source.send_first_tokens(FIRST)
     outputs = run_to_end(engine)["a"]
     assert [token.index for each in outputs for token in each.tokens] == [1, 2, 3, 4]
     assert token_ids(outputs) == wanted(request)[1:]
@@ -89,7 +89,7 @@ def test_the_first_token_may_come_at_any_time_and_is_not_emitted_again(moment: s
     ):
         move()
         if name == moment:
-            source.send_first_token(FIRST)
+            source.send_first_tokens(FIRST)
     step(engine)
     source.land(FIRST, 10)
     outputs = run_to_end(engine)["a"]
@@ -101,7 +101,7 @@ def test_a_first_token_that_ends_the_request_ends_it_at_once_and_its_blocks_wait
     begin(engine, make_request("a", range(10), sampling=make_sampling(max_tokens=1)))
     grant(engine, source)
     source.land(FIRST, 4)
-    source.send_first_token(FIRST)
+    source.send_first_tokens(FIRST)
     output = step(engine)["a"]
     assert (output.tokens, output.finish_reason) == ((), FinishReason.LENGTH)
     assert source.attempts[FIRST].is_over
@@ -115,7 +115,7 @@ def test_a_first_token_that_ends_the_request_ends_it_at_once_and_its_blocks_wait
 def test_an_ending_and_a_failure_in_one_poll_give_one_ending() -> None:
     engine, _, source = make_engine_with_source()
     begin(engine, make_request("a", range(10), sampling=make_sampling(max_tokens=1)))
-    source.send_first_token(FIRST)
+    source.send_first_tokens(FIRST)
     source.fail(FIRST, HandoffFailedError("too late"))
     assert step(engine)["a"].finish_reason is FinishReason.LENGTH
     assert engine.step() is None
@@ -159,7 +159,7 @@ def test_a_failure_after_the_first_token_tells_the_source_that_it_is_known() -> 
     request = make_request("a", range(10))
     begin(engine, request)
     grant(engine, source)
-    source.send_first_token(FIRST)
+    source.send_first_tokens(FIRST)
     source.land(FIRST, 8)
     source.fail(FIRST)
     step(engine)
@@ -168,7 +168,7 @@ def test_a_failure_after_the_first_token_tells_the_source_that_it_is_known() -> 
     grant(engine, source, SECOND)
     assert len(source.attempts[SECOND].block_ids or ()) == 1
     source.land(SECOND, 10)
-    source.send_first_token(SECOND)  # known: dropped
+    source.send_first_tokens(SECOND)  # known: dropped
     assert token_ids(run_to_end(engine)["a"]) == wanted(request)[1:]
 
 
@@ -260,7 +260,7 @@ def test_a_full_prefix_hit_is_an_ordinary_hand_off_without_bytes() -> None:
     step(engine)
     assert source.attempts[FIRST].block_ids == ()
     source.land(FIRST, 8)
-    source.send_first_token(FIRST)
+    source.send_first_tokens(FIRST)
     outputs = run_to_end(engine)["b"]
     assert token_ids(outputs) == wanted(request)[1:]
     stats = outputs[-1].stats
@@ -336,7 +336,7 @@ def test_a_preempted_sequence_is_recomputed_here_without_asking_again() -> None:
         grant(engine, source, attempt_id)
     for attempt_id in (FIRST, SECOND):
         source.land(attempt_id, 8)
-        source.send_first_token(attempt_id)
+        source.send_first_tokens(attempt_id)
     outputs = run_to_end(engine)
     assert token_ids(outputs["first"]) == wanted(first)[1:]
     assert token_ids(outputs["second"]) == wanted(second)[1:]
@@ -412,9 +412,9 @@ def test_credit_counts_the_token_that_the_source_brought() -> None:
     begin(engine, request)
     grant(engine, source)
     source.land(FIRST, 10)
-    source.send_first_token(FIRST)
+    source.send_first_tokens(FIRST)
     assert token_ids(run_to_end(engine)["a"]) == wanted(request)[1:2]
-    engine.grant(RequestId("a"), 3)
+    engine.grant(RequestId("a"), 0, 3)
     assert token_ids(run_to_end(engine)["a"]) == wanted(request)[2:]
 
 

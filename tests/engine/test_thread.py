@@ -69,7 +69,7 @@ def test_a_refusal_comes_back_through_the_future_and_the_thread_lives() -> None:
 def test_a_submitted_command_that_is_refused_is_logged_and_the_thread_lives(caplog: pytest.LogCaptureFixture) -> None:
     engine, _ = make_engine()
     with running(EngineThread(engine, on_output=Receiver())) as thread:
-        thread.submit(lambda e: e.grant(RequestId("a"), -1))
+        thread.submit(lambda e: e.grant(RequestId("a"), 0, -1))
         assert thread.call(lambda e: e.has_work()).result(TIMEOUT_S) is False
     assert "a grant of -1 tokens" in caplog.text
 
@@ -122,7 +122,7 @@ def test_waking_makes_the_engine_look_at_its_source() -> None:
         while source.attempts[attempt_id].block_ids is None:
             thread.call(lambda _: None).result(TIMEOUT_S)  # at most the step that the waking began is left to wait for
         thread.call(lambda _: source.land(attempt_id, 6)).result(TIMEOUT_S)
-        source.send_first_token(attempt_id)
+        source.send_first_tokens(attempt_id)
         assert receiver.ended.wait(TIMEOUT_S)
     assert receiver.tokens == [token.token_id for token in expected_tokens(request)][1:]
 
