@@ -1,7 +1,8 @@
 """The bound on what a gateway does at once, and the wait for its end.
 
 Whatever a client can make this process spend memory or time on is held here from the beginning: a body that is being
-read, a call to the tokenizer, a request until its last token.
+read, a call to the tokenizer, a request until its last token. A request of several choices counts as many times: each
+has text, tokens and a worker's memory of its own, and one client's fan-out must not take what a bound leaves to others.
 """
 
 import asyncio
@@ -19,27 +20,32 @@ class Admission:
 
     def __init__(self, max_held: int) -> None:
         self._max_held = max_held
-        self._held: set[object] = set()
+        self._held: dict[object, int] = {}
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self.is_draining = False
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Counts its body as under way. Raises QueueFullError or DrainingError instead of beginning it."""
+    def held(self, num_choices: int = 1) -> Iterator[None]:
+        """Counts its body as `num_choices` under way.
+
+        Raises QueueFullError or DrainingError instead of beginning it.
+        """
         if self.is_draining:
             raise DrainingError("the gateway is about to end; send the request to another one")
-        if len(self._held) >= self._max_held:
+        num_held = sum(self._held.values())
+        if num_held + num_choices > self._max_held:
             raise QueueFullError(
-                f"the gateway holds {len(self._held)} requests, as many as it may; send the request again later"
+                f"the gateway holds {num_held} requests, of {self._max_held} that it may, each choice counted; "
+                "send the request again later"
             )
         this = object()
-        self._held.add(this)
+        self._held[this] = num_choices
         self._is_idle.clear()
         try:
             yield
         finally:
-            self._held.discard(this)
+            del self._held[this]
             if not self._held:
                 self._is_idle.set()
 

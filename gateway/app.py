@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 import uvicorn
 
-from gateway.generate_http import KEEP_ALIVE_S
+from gateway.event_stream import KEEP_ALIVE_S
 from gateway.http import make_app
 from gateway.journey import Journeys
 from gateway.metrics import Metrics

@@ -1,8 +1,7 @@
 """Answers one generation over HTTP, whole or as a stream of events, and ends it when the client leaves.
 
 Nothing is sent before the first output is there, so that errors until then are plain HTTP errors; after that an error
-is an event of the stream. From then on, while the engine advances but nothing comes, a comment keeps the connection
-alive.
+is an event of the stream.
 """
 
 import asyncio
@@ -10,39 +9,34 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import aclosing, asynccontextmanager
-from typing import Final
+from contextlib import aclosing
+from typing import Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.event_stream import KEEP_ALIVE_S, ClientGoneError, EventStream
 from gateway.fields import parse_object
 from gateway.http_error import HttpError, error_body, error_response
 from gateway.journey import Journeys
+from gateway.openai_logprobs import Json
 from gateway.openai_request import ParsedRequest
-from gateway.openai_response import DECODE_WORKER, Json, Shape, headers
-from gateway.request import Delta, Event, Finished, JourneyRequest, Placed, Started
-from staffetta.errors import StaffettaError
+from gateway.openai_response import Shape, headers
+from gateway.request import Delta, Event, Finished, JourneyRequest, Placed, PromptLogprobs, Started
+from staffetta.errors import InternalError, StaffettaError
 
 REQUEST_ID_KEY: Final = "staffetta.request_id"
 """Where the application put the request's internal id into the scope."""
-KEEP_ALIVE_S: Final = 15.0
-WRITE_TIMEOUT_S: Final = 60.0
-"""How long a client of a stream may leave everything unread: it holds a place and KV blocks meanwhile."""
 BODY_TIMEOUT_S = 30.0
 """How long a body may take to arrive."""
-_COMMENT: Final = b": keep-alive\n\n"
 _DONE: Final = b"data: [DONE]\n\n"
 
 Parse = Callable[[dict[str, object]], ParsedRequest]
 MakeShape = Callable[..., Shape]
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection; nobody reads an answer."""
 
 
 class GenerateEndpoint:
@@ -94,24 +88,26 @@ class GenerateEndpoint:
 
     async def _whole(self, journey: JourneyRequest, parsed: ParsedRequest, send: Send) -> None:
         deltas: list[Delta] = []
-        shape: Shape | None = None
-        response = None
+        finished: list[Finished] = []
         try:
             async with aclosing(self._journeys.run(journey)) as events:
+                shape = await self._open(parsed, events)
                 async for event in events:
                     match event:
-                        case Started():
-                            shape = self._shape(parsed, event)
+                        case Placed():
+                            shape.place(event)
+                        case PromptLogprobs():
+                            shape.score(event.tokens)
                         case Delta():
                             deltas.append(event)
-                        case Finished() if shape is not None:
-                            body = _to_json(shape.whole(deltas, event))
-                            extra = headers(event) | _ignored_header(parsed)
-                            response = Response(body, headers=extra, media_type="application/json")
+                        case Finished():
+                            finished.append(event)
+            body = await self._made(parsed, lambda: _to_json(shape.whole(deltas, finished)))
+            extra = headers(finished[-1]) | _ignored_header(parsed)
+            response = Response(body, headers=extra, media_type="application/json")
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
             response = error_response(_logged(error, journey))
-        if response is not None:
-            await response({"type": "http"}, _no_more_input, send)
+        await response({"type": "http"}, _no_more_input, send)
 
     async def _stream(self, journey: JourneyRequest, parsed: ParsedRequest, send: Send) -> None:
         stream = EventStream(send, _ignored_header(parsed), keep_alive_s=self._keep_alive_s)
@@ -137,114 +133,42 @@ class GenerateEndpoint:
         await stream.end()
 
     async def _chunks(
-        self, parsed: ParsedRequest, events: AsyncIterator[Event], stream: "EventStream"
+        self, parsed: ParsedRequest, events: AsyncIterator[Event], stream: EventStream
     ) -> AsyncGenerator[Json, None]:
-        """The events as chunks; the opening one waits for the first output, so that a refusal can be an HTTP error."""
-        shape: Shape | None = None
-        opening: Json | None = None
+        """The events as chunks; the opening ones wait for the first output, so that a refusal can be an HTTP error."""
+        shape = await self._open(parsed, events)
+        finished: list[Finished] = []
+        is_open = False
         async for event in events:
-            if isinstance(event, Started):
-                shape = self._shape(parsed, event)
-                opening = shape.first()
-                continue
-            if isinstance(event, Placed):
-                stream.place(event)
-                continue
-            if shape is None:
-                continue
-            if opening is not None:
-                yield opening
-                opening = None
-            if isinstance(event, Delta):
-                if (chunk := shape.delta(event)) is not None:
+            if isinstance(event, Delta | Finished) and not is_open:
+                is_open = True
+                for chunk in await self._made(parsed, shape.opening):
                     yield chunk
-            else:
-                yield shape.finish(event)
-                if parsed.has_usage_chunk:
-                    yield shape.usage(event)
+            match event:
+                case Placed():
+                    shape.place(event)
+                    stream.place(event)
+                case PromptLogprobs():
+                    shape.score(event.tokens)
+                case Delta():
+                    if (news := shape.delta(event)) is not None:
+                        yield news
+                case Finished():
+                    finished.append(event)
+                    yield shape.finish(event)
+        if parsed.has_usage_chunk:
+            yield shape.usage(finished)
 
-    def _shape(self, parsed: ParsedRequest, started: Started) -> Shape:
+    async def _made(self, parsed: ParsedRequest, make: Callable[[], T]) -> T:
+        """What `make` returns; off the event loop where a prompt's log-probabilities make it long."""
+        return make() if parsed.sampling.prompt_logprobs is None else await self._journeys.in_thread(make)
+
+    async def _open(self, parsed: ParsedRequest, events: AsyncIterator[Event]) -> Shape:
+        """The shape of an answer, by the first event."""
+        started = await anext(events)
+        if not isinstance(started, Started):
+            raise InternalError(f"a journey began with {type(started).__name__}")
         return self._make_shape(parsed, started, self._journeys.model.text, created=int(time.time()))
-
-
-class EventStream:
-    """A response whose body is a stream of events. It begins with its first write."""
-
-    def __init__(
-        self,
-        send: Send,
-        extra_headers: dict[str, str],
-        *,
-        keep_alive_s: float,
-        write_timeout_s: float = WRITE_TIMEOUT_S,
-    ) -> None:
-        self._send = send
-        self._write_timeout_s = write_timeout_s
-        self._headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            # Proxies that buffer would hold tokens back.
-            "x-accel-buffering": "no",
-            **extra_headers,
-        }
-        self._keep_alive_s = keep_alive_s
-        self._turn = asyncio.Lock()
-        self._last_write = 0.0
-        self._begun = asyncio.Event()
-        self._placed: Placed | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether anything was sent, so that the status is."""
-        return self._begun.is_set()
-
-    def place(self, placed: Placed) -> None:
-        """Hears which worker the output will come from."""
-        self._placed = placed
-        self._headers[DECODE_WORKER] = placed.decode_worker
-
-    async def write(self, data: bytes) -> None:
-        """Sends `data`; waits while the client does not read. Raises ClientGoneError when it has not for too long."""
-        async with self._turn:
-            try:
-                async with asyncio.timeout(self._write_timeout_s):
-                    await self._write(data)
-            except TimeoutError:
-                raise ClientGoneError from None
-            self._last_write = asyncio.get_running_loop().time()
-
-    async def _write(self, data: bytes) -> None:
-        if not self.has_begun:
-            self._begun.set()
-            raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
-            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        """Ends the body."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    @asynccontextmanager
-    async def kept_alive(self) -> AsyncIterator[None]:
-        """Writes a comment whenever nothing was written for a while, once begun, unless the engine stands still."""
-        task = asyncio.create_task(self._keep_alive(), name="sse-keep-alive")
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _keep_alive(self) -> None:
-        now = asyncio.get_running_loop().time
-        await self._begun.wait()
-        while True:
-            silence_s = now() - self._last_write
-            if silence_s < self._keep_alive_s:
-                await asyncio.sleep(self._keep_alive_s - silence_s)
-            elif self._placed is None or not self._placed.is_stalled():
-                await self.write(_COMMENT)
-            else:
-                await asyncio.sleep(self._keep_alive_s)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -18,7 +18,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import staffetta
-from gateway.generate_http import KEEP_ALIVE_S, REQUEST_ID_KEY, GenerateEndpoint
+from gateway.event_stream import KEEP_ALIVE_S
+from gateway.generate_http import REQUEST_ID_KEY, GenerateEndpoint
 from gateway.http_error import HttpError, error_response
 from gateway.journey import Journeys
 from gateway.metrics import CONTENT_TYPE, Metrics

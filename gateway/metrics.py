@@ -78,16 +78,19 @@ class Metrics:
         self._prompt_tokens.inc(num_prompt_tokens)
         self._generated_tokens.inc(num_tokens)
 
-    def summarized(self, summary: decode_pb2.SequenceSummary) -> None:
-        """Counts how the KV of a finished request travelled, and what was computed twice."""
+    def handed_over(self, summary: decode_pb2.SequenceSummary) -> None:
+        """Counts how the KV of a request's prompt travelled, and what a failed hand-off made it compute twice."""
         handoff = summary.handoff
         if handoff.transport:
             self._handoff_bytes.labels(handoff.transport).observe(handoff.handoff_bytes)
             for stage in HANDOFF_STAGES:
                 self._handoff_s.labels(stage).observe(getattr(summary.timings, f"{stage}_s"))
-        self._recomputed_tokens.labels("preemption").inc(summary.recomputed_tokens)
         if handoff.failed_handoffs:
             self._recomputed_tokens.labels("handoff_failed").inc(handoff.locally_prefilled_tokens)
+
+    def recomputed(self, summary: decode_pb2.SequenceSummary) -> None:
+        """Counts what a choice computed twice because it was preempted."""
+        self._recomputed_tokens.labels("preemption").inc(summary.recomputed_tokens)
 
     def render(self) -> bytes:
         """The page for a scraper."""

@@ -32,6 +32,7 @@ class SamplingDefaults:
     temperature: float
     top_p: float
     top_k: int
+    repetition_penalty: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ def _defaults(generation: GenerationDefaults) -> SamplingDefaults:
         temperature=1.0 if generation.temperature is None else generation.temperature,
         top_p=1.0 if generation.top_p is None else generation.top_p,
         top_k=generation.top_k or 0,
+        repetition_penalty=1.0 if generation.repetition_penalty is None else generation.repetition_penalty,
     )
 
 

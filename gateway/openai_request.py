@@ -4,7 +4,7 @@ What is known but not supported is refused by name; what is unknown is named in 
 silence, and bounds are the validator's business.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from gateway.fields import Fields
@@ -22,23 +22,14 @@ _POLICIES: Final = {
     "fail": common_pb2.PREFILL_FAILURE_POLICY_FAIL,
 }
 
-_SINGLE: Final = "one request has one choice"
-_PENALTY: Final = "penalties are not implemented"
 _GRAMMAR: Final = "structured output is not implemented"
 _TOOLS: Final = "tool calls are not implemented"
 _TEMPLATE: Final = "only the model's own template is rendered"
 _UNSUPPORTED: Final[dict[str, tuple[tuple[object, ...], str]]] = {
-    "n": ((1,), _SINGLE),
-    "best_of": ((1,), _SINGLE),
-    "use_beam_search": ((False,), _SINGLE),
+    "use_beam_search": ((False,), "choices are drawn, not searched for"),
     "logit_bias": (({},), "logits cannot be biased"),
-    "presence_penalty": ((0,), _PENALTY),
-    "frequency_penalty": ((0,), _PENALTY),
-    "repetition_penalty": ((1,), _PENALTY),
     "min_p": ((0,), "use top_p or top_k"),
-    "echo": ((False,), "the prompt is not sent back"),
     "suffix": (("",), "text cannot be inserted before a suffix"),
-    "prompt_logprobs": ((), "log-probabilities of the prompt are not computed"),
     "response_format": (({"type": "text"},), _GRAMMAR),
     "structured_outputs": (({},), _GRAMMAR),
     "guided_json": ((), _GRAMMAR),
@@ -64,7 +55,12 @@ _UNSUPPORTED: Final[dict[str, tuple[tuple[object, ...], str]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
-    """One request and how its answer is to look. `ignored` names the fields that have no effect."""
+    """One request and how its answer is to look. `ignored` names the fields that have no effect.
+
+    `has_echo`: the output begins with the prompt. `has_output` False: it ends there, too; one token is drawn, since
+    that is how a request ends, and not shown. `num_prompt_logprobs` is what was asked for by that name; `sampling` may
+    ask for more, for `has_echo`.
+    """
 
     model: str
     prompt: Prompt
@@ -74,6 +70,9 @@ class ParsedRequest:
     is_stream: bool
     has_usage_chunk: bool
     has_token_ids: bool
+    num_prompt_logprobs: int | None
+    has_echo: bool = False
+    has_output: bool = True
     ignored: tuple[str, ...]
 
 
@@ -89,6 +88,7 @@ def parse_chat(body: dict[str, object]) -> ParsedRequest:
     has_logprobs, num_top = fields.boolean("logprobs"), fields.integer("top_logprobs")
     if num_top is not None and not has_logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true; add it", param="top_logprobs")
+    fields.only("echo", (False,), why="a chat's prompt is not sent back")
     return _parse(
         fields,
         prompt=ChatPrompt(messages),
@@ -101,18 +101,30 @@ def parse_chat(body: dict[str, object]) -> ParsedRequest:
 def parse_completion(body: dict[str, object]) -> ParsedRequest:
     """A request to /v1/completions. Raises InvalidRequestError."""
     fields = Fields(body)
-    return _parse(
+    has_echo = fields.boolean("echo") or False
+    max_tokens, num_logprobs = fields.integer("max_tokens"), fields.integer("logprobs")
+    has_output = not has_echo or max_tokens != 0
+    parsed = _parse(
         fields,
         prompt=_prompt(fields),
         default_max_tokens=COMPLETION_MAX_TOKENS,
-        max_tokens=fields.integer("max_tokens"),
-        num_logprobs=fields.integer("logprobs"),
+        max_tokens=max_tokens if has_output else 1,
+        num_logprobs=num_logprobs,
     )
+    if not has_echo:
+        return parsed
+    sampling, num_scored = parsed.sampling, parsed.num_prompt_logprobs
+    # What echo shows beside its tokens comes of the prompt's log-probabilities; the larger wish has the smaller in it.
+    if num_logprobs is not None and (num_scored is None or 0 <= num_scored < num_logprobs):
+        sampling = replace(sampling, prompt_logprobs=num_logprobs)
+    return replace(parsed, sampling=sampling, has_echo=True, has_output=has_output)
 
 
 def _parse(
     fields: Fields, *, prompt: Prompt, default_max_tokens: int | None, max_tokens: int | None, num_logprobs: int | None
 ) -> ParsedRequest:
+    num_choices, num_prompt_logprobs = fields.integer("n"), fields.integer("prompt_logprobs")
+    fields.only("best_of", (1 if num_choices is None else num_choices,), why="every choice is returned; use n")
     sampling = Sampling(
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
@@ -124,12 +136,21 @@ def _parse(
         stop=fields.strings("stop"),
         ignore_eos=fields.boolean("ignore_eos"),
         logprobs=num_logprobs,
+        n=num_choices,
+        repetition_penalty=fields.number("repetition_penalty"),
+        presence_penalty=fields.number("presence_penalty"),
+        frequency_penalty=fields.number("frequency_penalty"),
+        prompt_logprobs=num_prompt_logprobs,
     )
     model = fields.text("model") or ""
     is_stream = fields.boolean("stream") or False
     options = fields.section("stream_options")
     if options is not None and not is_stream:
         raise InvalidRequestError("stream_options needs stream to be true; add it", param="stream_options")
+    if num_prompt_logprobs is not None and is_stream:
+        raise InvalidRequestError(
+            "prompt_logprobs come in an answer of one piece; set stream to false", param="prompt_logprobs"
+        )
     has_usage_chunk = options is not None and (options.boolean("include_usage") or False)
     has_token_ids = fields.boolean("return_token_ids") or False
     policy = fields.text("on_prefill_failure")
@@ -146,6 +167,7 @@ def _parse(
         is_stream=is_stream,
         has_usage_chunk=has_usage_chunk,
         has_token_ids=has_token_ids,
+        num_prompt_logprobs=num_prompt_logprobs,
         ignored=fields.ignored(),
     )
 

@@ -1,25 +1,24 @@
 """Writes answers in OpenAI's shapes: whole, or as the chunks of a stream. Pure functions and one small state per
 answer.
 
-What this server adds is under the one key `staffetta`, which clients of that API leave alone.
+What this server adds is under the one key `staffetta`, which clients of that API leave alone, or has the name that
+servers of open models gave it.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Final
 
+from gateway.openai_logprobs import Json, TextLogprobs, chat_logprobs, prompt_logprobs
 from gateway.openai_request import ParsedRequest
-from gateway.request import Delta, Finished, Started
+from gateway.request import Delta, Finished, Placed, Started, TextPrompt
 from gateway.text import Text
 from staffetta.v1 import common_pb2
 
-Json = dict[str, object]
-
 DECODE_WORKER: Final = "staffetta-decode-worker"
 """The header that names the decode worker."""
-LEAST_LOGPROB: Final = -9999.0
-"""What stands for a probability of zero: JSON has no infinity."""
+FINGERPRINT_CHARS: Final = 12
 
 _FINISH_REASONS: Final = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
@@ -29,49 +28,103 @@ class Shape(ABC):
 
     def __init__(self, parsed: ParsedRequest, started: Started, text: Text, *, head: Json) -> None:
         """`head` is what every chunk begins with."""
+        self._parsed = parsed
         self._started = started
         self._text = text
         self._head = head | {"model": started.model}
-        self._has_logprobs = parsed.sampling.logprobs is not None
-        self._has_token_ids = parsed.has_token_ids
-        self._has_usage = parsed.has_usage_chunk
+        self._prompt_tokens: list[common_pb2.Token] = []
+
+    def place(self, placed: Placed) -> None:
+        """Takes what names the worker's arithmetic: while it is the same, a seed repeats an answer to the bit."""
+        self._head["system_fingerprint"] = placed.numerics_digest[:FINGERPRINT_CHARS]
+
+    def score(self, tokens: Sequence[common_pb2.Token]) -> None:
+        """Takes further prompt tokens with their log-probabilities; all come before any output."""
+        self._prompt_tokens.extend(tokens)
 
     @abstractmethod
-    def first(self) -> Json | None:
-        """The chunk that opens a stream, if there is one."""
+    def opening(self) -> list[Json]:
+        """The chunks that open a stream, in the order of the choices; none where nothing precedes the output."""
 
-    @abstractmethod
     def delta(self, delta: Delta) -> Json | None:
         """The chunk for new output; None while text is held back and nothing else was asked for."""
+        has_news = bool(delta.tokens) and (self._has_logprobs or self._parsed.has_token_ids)
+        if not self._parsed.has_output or not (delta.text or has_news):
+            return None
+        return self._chunk(self._delta_choice(delta))
 
-    @abstractmethod
     def finish(self, finished: Finished) -> Json:
-        """The chunk that ends the choice, with what this server tells beyond the API."""
+        """The chunk that ends a choice, with what this server tells beyond the API."""
+        choice = self._delta_choice(Delta(finished.choice_index, "", ())) | self._ending(finished)
+        return self._chunk(choice) | {"staffetta": extension(self._started, finished)}
+
+    def usage(self, finished: Sequence[Finished]) -> Json:
+        """The chunk that counts what was used; it has no choice."""
+        return self._head | {"choices": [], "usage": self._usage(finished)}
+
+    def whole(self, deltas: Sequence[Delta], finished: Sequence[Finished]) -> Json:
+        """The answer in one piece; `finished` has every choice, in the order in which they ended."""
+        by_choice: defaultdict[int, list[Delta]] = defaultdict(list)
+        for delta in deltas:
+            by_choice[delta.choice_index].append(delta)
+        choices = [
+            self._whole_choice(_joined(end.choice_index, by_choice[end.choice_index])) | self._ending(end)
+            for end in sorted(finished, key=lambda end: end.choice_index)
+        ]
+        # Whichever ended last has the durations of the whole request; the hand-off is the same in all.
+        extra = extension(self._started, finished[-1])
+        return self._head | {"choices": choices, "usage": self._usage(finished), "staffetta": extra}
+
+    @property
+    def _has_logprobs(self) -> bool:
+        return self._parsed.sampling.logprobs is not None
+
+    @property
+    def _num_choices(self) -> int:
+        return self._parsed.sampling.n or 1
 
     @abstractmethod
-    def whole(self, deltas: Sequence[Delta], finished: Finished) -> Json:
-        """The answer in one piece."""
+    def _delta_choice(self, delta: Delta) -> Json:
+        """The choice in the chunk of a delta; its ending is null."""
 
-    def usage(self, finished: Finished) -> Json:
-        """The chunk that counts what was used; it has no choice."""
-        return self._head | {"choices": [], "usage": usage(finished)}
+    @abstractmethod
+    def _whole_choice(self, output: Delta) -> Json:
+        """A choice of an answer in one piece, of all its output; its ending is to follow."""
 
-    def _is_worth_a_chunk(self, delta: Delta) -> bool:
-        return bool(delta.text) or (bool(delta.tokens) and (self._has_logprobs or self._has_token_ids))
+    def _ending(self, finished: Finished) -> Json:
+        """Why a choice ended, as the API names it, and by which stop string or token id of the request's own."""
+        if not self._parsed.has_output:
+            return {"finish_reason": "length", "stop_reason": None}
+        stop = finished.stop_token_id if finished.stop_string is None else finished.stop_string
+        return {"finish_reason": _FINISH_REASONS[finished.finish_reason], "stop_reason": stop}
+
+    def _usage(self, finished: Sequence[Finished]) -> Json:
+        """The prompt counts once, whatever the number of choices; output that is not shown does not count."""
+        num_prompt_tokens = len(self._started.prompt_token_ids)
+        num_tokens = sum(end.usage.completion_tokens for end in finished) if self._parsed.has_output else 0
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt_tokens + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": max(end.usage.cached_tokens for end in finished)},
+        }
 
     def _chunk(self, choice: Json) -> Json:
         chunk = self._head | {"choices": [choice]}
-        return chunk | {"usage": None} if self._has_usage else chunk
-
-    def _answer(self, choice: Json, finished: Finished) -> Json:
-        extra = extension(self._started, finished)
-        return self._head | {"choices": [choice], "usage": usage(finished), "staffetta": extra}
+        return chunk | {"usage": None} if self._parsed.has_usage_chunk else chunk
 
     def _ids(self, tokens: Sequence[common_pb2.Token]) -> Json:
-        return {"token_ids": [token.token_id for token in tokens]} if tokens and self._has_token_ids else {}
+        return {"token_ids": [token.token_id for token in tokens]} if tokens and self._parsed.has_token_ids else {}
 
     def _prompt_ids(self) -> Json:
-        return {"prompt_token_ids": list(self._started.prompt_token_ids)} if self._has_token_ids else {}
+        return {"prompt_token_ids": list(self._started.prompt_token_ids)} if self._parsed.has_token_ids else {}
+
+    def _prompt_logprobs(self) -> Json:
+        """What the request asked for by that name; there may be more for `echo`."""
+        num_top = self._parsed.num_prompt_logprobs
+        if num_top is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(self._text, self._prompt_tokens, num_top=num_top)}
 
 
 class ChatShape(Shape):
@@ -82,118 +135,79 @@ class ChatShape(Shape):
         head: Json = {"id": f"chatcmpl-{started.id}", "object": kind, "created": created}
         super().__init__(parsed, started, text, head=head)
 
-    def first(self) -> Json:
-        """The chunk that opens the stream with the role."""
-        return self._chunk(self._choice({"role": "assistant", "content": ""}, None, ())) | self._prompt_ids()
-
-    def delta(self, delta: Delta) -> Json | None:
-        """The chunk for new output; None while text is held back and nothing else was asked for."""
-        if not self._is_worth_a_chunk(delta):
-            return None
-        return self._chunk(self._choice({"content": delta.text}, None, delta.tokens))
-
-    def finish(self, finished: Finished) -> Json:
-        """The chunk that ends the choice, with what this server tells beyond the API."""
-        choice = self._choice({}, finish_reason(finished), ())
-        return self._chunk(choice) | {"staffetta": extension(self._started, finished)}
-
-    def whole(self, deltas: Sequence[Delta], finished: Finished) -> Json:
-        """The answer in one piece."""
-        tokens = [token for delta in deltas for token in delta.tokens]
-        message: Json = {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None}
-        choice: Json = {
-            "index": 0,
-            "message": message,
-            "logprobs": self._logprobs(tokens),
-            "finish_reason": finish_reason(finished),
-        }
-        return self._answer(choice | self._ids(tokens), finished) | self._prompt_ids()
-
-    def _choice(self, delta: Json, reason: str | None, tokens: Sequence[common_pb2.Token]) -> Json:
-        logprobs = self._logprobs(tokens) if tokens else None
-        choice: Json = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return choice | self._ids(tokens)
-
-    def _logprobs(self, tokens: Iterable[common_pb2.Token]) -> Json | None:
-        if not self._has_logprobs:
-            return None
-        content = [
-            self._logprob(token.token_id, token.logprob)
-            | {"top_logprobs": [self._logprob(top.token_id, top.logprob) for top in token.top_logprobs]}
-            for token in tokens
+    def opening(self) -> list[Json]:
+        """The chunks that open each choice with the role."""
+        delta: Json = {"role": "assistant", "content": ""}
+        return [
+            self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}) | self._prompt_ids()
+            for index in range(self._num_choices)
         ]
-        return {"content": content, "refusal": None}
 
-    def _logprob(self, token_id: int, logprob: float) -> Json:
-        return {
-            "token": self._text.token_text(token_id),
-            "logprob": finite(logprob),
-            "bytes": list(self._text.token_bytes(token_id)),
+    def whole(self, deltas: Sequence[Delta], finished: Sequence[Finished]) -> Json:
+        """The answer in one piece; the prompt is not a choice's."""
+        return super().whole(deltas, finished) | self._prompt_ids() | self._prompt_logprobs()
+
+    def _delta_choice(self, delta: Delta) -> Json:
+        content: Json = {"content": delta.text} if delta.text or delta.tokens else {}
+        choice: Json = {
+            "index": delta.choice_index,
+            "delta": content,
+            "logprobs": self._logprobs(delta.tokens) if delta.tokens else None,
+            "finish_reason": None,
         }
+        return choice | self._ids(delta.tokens)
+
+    def _whole_choice(self, output: Delta) -> Json:
+        choice: Json = {
+            "index": output.choice_index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs(output.tokens),
+        }
+        return choice | self._ids(output.tokens)
+
+    def _logprobs(self, tokens: Sequence[common_pb2.Token]) -> Json | None:
+        return chat_logprobs(self._text, tokens) if self._has_logprobs else None
 
 
 class CompletionShape(Shape):
-    """/v1/completions."""
+    """/v1/completions. With `echo`, each choice's text and lists begin with the prompt's."""
 
     def __init__(self, parsed: ParsedRequest, started: Started, text: Text, *, created: int) -> None:
         head: Json = {"id": f"cmpl-{started.id}", "object": "text_completion", "created": created}
         super().__init__(parsed, started, text, head=head)
-        self._offset = 0
+        num_top = parsed.sampling.logprobs or 0
+        self._lists = [TextLogprobs(text, num_top=num_top) for _ in range(self._num_choices)]
 
-    def first(self) -> Json | None:
-        """Nothing opens this stream, unless the prompt's token ids were asked for."""
-        prompt_ids = self._prompt_ids()
-        return self._chunk(self._choice("", None, ()) | prompt_ids) if prompt_ids else None
+    def opening(self) -> list[Json]:
+        """What there is of the prompt: its text and log-probabilities to echo, its token ids."""
+        if not self._parsed.has_echo and not self._parsed.has_token_ids:
+            return []
+        return [
+            self._chunk(self._choice(self._echo(index)) | {"finish_reason": None} | self._prompt_ids())
+            for index in range(self._num_choices)
+        ]
 
-    def delta(self, delta: Delta) -> Json | None:
-        """The chunk for new output; None while text is held back and nothing else was asked for."""
-        return self._chunk(self._choice(delta.text, None, delta.tokens)) if self._is_worth_a_chunk(delta) else None
+    def _delta_choice(self, delta: Delta) -> Json:
+        return self._choice(delta) | {"finish_reason": None} | self._ids(delta.tokens)
 
-    def finish(self, finished: Finished) -> Json:
-        """The chunk that ends the choice, with what this server tells beyond the API."""
-        choice = self._choice("", finish_reason(finished), ())
-        return self._chunk(choice) | {"staffetta": extension(self._started, finished)}
+    def _whole_choice(self, output: Delta) -> Json:
+        shown = output if self._parsed.has_output else Delta(output.choice_index, "", ())
+        echoed = _joined(output.choice_index, (self._echo(output.choice_index), shown))
+        return self._choice(echoed) | self._ids(shown.tokens) | self._prompt_ids() | self._prompt_logprobs()
 
-    def whole(self, deltas: Sequence[Delta], finished: Finished) -> Json:
-        """The answer in one piece."""
-        tokens = [token for delta in deltas for token in delta.tokens]
-        choice = self._choice("".join(delta.text for delta in deltas), finish_reason(finished), tokens)
-        return self._answer(choice | self._prompt_ids(), finished)
+    def _choice(self, output: Delta) -> Json:
+        lists = self._lists[output.choice_index].take(output.tokens) if self._has_logprobs and output.tokens else None
+        return {"index": output.choice_index, "text": output.text, "logprobs": lists}
 
-    def _choice(self, text: str, reason: str | None, tokens: Sequence[common_pb2.Token]) -> Json:
-        logprobs = self._logprobs(tokens) if tokens and self._has_logprobs else None
-        choice: Json = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return choice | self._ids(tokens)
-
-    def _logprobs(self, tokens: Iterable[common_pb2.Token]) -> Json:
-        texts: list[str] = []
-        offsets: list[int] = []
-        logprobs: list[float] = []
-        tops: list[dict[str, float]] = []
-        for token in tokens:
-            text = self._text.token_text(token.token_id)
-            texts.append(text)
-            offsets.append(self._offset)
-            logprobs.append(finite(token.logprob))
-            tops.append({self._text.token_text(top.token_id): finite(top.logprob) for top in token.top_logprobs})
-            self._offset += len(text)
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
-
-
-def finish_reason(finished: Finished) -> str:
-    """Why the choice ended, as the API names it."""
-    return _FINISH_REASONS[finished.finish_reason]
-
-
-def usage(finished: Finished) -> Json:
-    """What was used."""
-    used = finished.usage
-    return {
-        "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.completion_tokens,
-        "total_tokens": used.prompt_tokens + used.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
-    }
+    def _echo(self, choice_index: int) -> Delta:
+        """The prompt as if it were output; empty unless it was asked for."""
+        if not self._parsed.has_echo:
+            return Delta(choice_index, "", ())
+        prompt = self._parsed.prompt
+        token_ids = self._started.prompt_token_ids
+        text = prompt.text if isinstance(prompt, TextPrompt) else self._text.decode(token_ids)
+        first = common_pb2.Token(token_id=token_ids[0])
+        return Delta(choice_index, text, (first, *self._prompt_tokens))
 
 
 def extension(started: Started, finished: Finished) -> Json:
@@ -202,7 +216,6 @@ def extension(started: Started, finished: Finished) -> Json:
     return {
         "id": started.id,
         "seed": started.seed,
-        "stop_string": finished.stop_string,
         "handoff": {
             "prefill_worker": handoff.prefill_worker,
             "decode_worker": handoff.decode_worker,
@@ -224,7 +237,7 @@ def extension(started: Started, finished: Finished) -> Json:
 
 
 def headers(finished: Finished) -> dict[str, str]:
-    """What an answer in one piece says in its headers; what there was not has none."""
+    """What an answer in one piece says in its headers, by the choice that ended last; what there was not has none."""
     timings = finished.timings
     phases = (
         ("gateway", timings.gateway_s),
@@ -241,6 +254,7 @@ def headers(finished: Finished) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def finite(logprob: float) -> float:
-    """A log-probability that JSON can carry."""
-    return max(logprob, LEAST_LOGPROB) if not math.isnan(logprob) else LEAST_LOGPROB
+def _joined(choice_index: int, deltas: Sequence[Delta]) -> Delta:
+    """Deltas of one choice as one."""
+    text = "".join(delta.text for delta in deltas)
+    return Delta(choice_index, text, tuple(token for delta in deltas for token in delta.tokens))

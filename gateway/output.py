@@ -10,16 +10,52 @@ from staffetta.errors import InternalError
 from staffetta.v1 import common_pb2
 
 
-class Output:
-    """What has been produced so far. Event loop only."""
+class PromptOutput:
+    """The log-probabilities of a request's prompt, each position once, from 1 on. Event loop only."""
 
-    def __init__(self, text: Text, prepared: Prepared) -> None:
+    def __init__(self) -> None:
+        self._next = 1
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether any was taken."""
+        return self._next > 1
+
+    def take(self, tokens: Sequence[common_pb2.Token]) -> tuple[common_pb2.Token, ...]:
+        """Those of `tokens` that did not come before. Raises InternalError for a gap."""
+        taken: list[common_pb2.Token] = []
+        for token in tokens:
+            if token.index > self._next:
+                raise InternalError(f"the prompt's token {token.index} came where {self._next} was due")
+            if token.index == self._next:
+                self._next += 1
+                taken.append(token)
+        return tuple(taken)
+
+    def check_whole(self, num_prompt_tokens: int) -> None:
+        """Raises InternalError unless every position has come: what follows would look like all there is."""
+        if self._next < num_prompt_tokens:
+            raise InternalError(f"output came where the prompt's token {self._next} of {num_prompt_tokens} was due")
+
+
+class Output:
+    """What one choice has produced so far. Event loop only."""
+
+    def __init__(self, text: Text, prepared: Prepared, *, choice_index: int) -> None:
+        self._choice_index = choice_index
         self._detokenizer = text.detokenizer()
         self._scanner = StopScanner(prepared.stop)
         self._stop_token_ids = prepared.stop_token_ids
+        self._asked_stop_ids = frozenset(prepared.sampling.stop_token_ids)
         self._min_tokens = prepared.sampling.min_tokens
+        self._last_token_id: int | None = None
         self.num_tokens = 0
         self.stop_string: str | None = None
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The last token when the request named it as one to stop at; it did when the choice ended by it."""
+        return self._last_token_id if self._last_token_id in self._asked_stop_ids else None
 
     def take(self, tokens: Sequence[common_pb2.Token]) -> Delta:
         """The next tokens and the text that is certain by them; nothing after a stop string.
@@ -36,10 +72,11 @@ class Output:
             if token.index < self.num_tokens:
                 continue
             self.num_tokens += 1
+            self._last_token_id = token.token_id
             taken.append(token)
             if token.token_id not in self._stop_token_ids:
                 text += self._scan(self._detokenizer.push(token.token_id))
-        return Delta(text, tuple(taken))
+        return Delta(self._choice_index, text, tuple(taken))
 
     def flush(self) -> str:
         """The text that was held back, once no token follows."""

@@ -27,7 +27,8 @@ class Prepared:
 
     `sampling` has every default resolved but that of max_tokens, for which `default_max_tokens` is the most, None
     meaning all that the context leaves. `prompt_param` names the field that the prompt came in. `stop_token_ids` are
-    all ids that end it and have no text; `stop` are its strings.
+    all ids that end it and have no text; `stop` are its strings. `hashes` is empty for a request that takes no prefix
+    hits, because its answer needs every position of the prompt computed.
     """
 
     token_ids: Sequence[int]
@@ -62,7 +63,7 @@ def prepare(
         stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | model.eos_token_ids,
         hashes={
             size: [short_hash(block) for block in BlockHasher(cluster_key, block_size=size).chain(token_ids)]
-            for size in block_sizes
+            for size in (block_sizes if sampling.prompt_logprobs is None else ())
         },
     )
     sampling_within(prepared, limits)
@@ -135,6 +136,12 @@ def _resolve(asked: Sampling, model: Model) -> Sampling:
         seed=secrets.randbits(SEED_BITS) if asked.seed is None else asked.seed,
         min_tokens=asked.min_tokens or 0,
         ignore_eos=asked.ignore_eos or False,
+        n=validate.num_choices(asked),
+        repetition_penalty=(
+            defaults.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
+        ),
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
     )
 
 
@@ -150,4 +157,9 @@ def _to_wire(sampling: Sampling) -> common_pb2.SamplingParams:
         stop_token_ids=sampling.stop_token_ids,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        n=sampling.n,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        prompt_logprobs=sampling.prompt_logprobs,
     )

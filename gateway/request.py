@@ -71,30 +71,46 @@ class Started:
 class Placed:
     """The request is with a decode worker; comes again when that one is lost before any output.
 
-    `is_stalled` says, whenever asked, whether the worker's engine stands still.
+    `numerics_digest` names the worker's arithmetic: where it is equal, equal requests get equal bits. `is_stalled`
+    says, whenever asked, whether the worker's engine stands still.
     """
 
     decode_worker: str
+    numerics_digest: str
     is_stalled: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """New output, never what was sent before. `text` may lag behind `tokens`."""
+class PromptLogprobs:
+    """Further prompt tokens with their log-probabilities, from position 1 on; all come before the first Delta."""
 
+    tokens: tuple[common_pb2.Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one choice, never what was sent before. `text` may lag behind `tokens`."""
+
+    choice_index: int
     text: str
     tokens: tuple[common_pb2.Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event. `timings` add up to the time from arrival to this event."""
+    """The last event of one choice; that of the last choice ends the request.
 
+    `usage` counts the prompt and this choice's tokens. `timings` add up to the time from arrival to this event.
+    """
+
+    choice_index: int
     finish_reason: common_pb2.FinishReason.ValueType
     usage: common_pb2.Usage
     handoff: common_pb2.HandoffReport
     timings: common_pb2.PhaseTimings
     stop_string: str | None
+    stop_token_id: int | None
+    """The one of the request's own that ended the choice; an end-of-sequence token is none of them."""
 
 
-Event = Started | Placed | Delta | Finished
+Event = Started | Placed | PromptLogprobs | Delta | Finished

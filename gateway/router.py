@@ -2,7 +2,9 @@
 
 Costs are in tokens of work: what a worker has before it, less what its prefix cache spares this request. The pair of
 least cost wins; of equals, the one chosen longest ago, then the one whose names sort first. Never chooses a worker that
-drains, that holds as many requests as it may, or whose context is too short.
+drains, that has no room for every choice, or whose context is too short; and never pairs workers whose arithmetic
+differs: their links are refused when they are opened, but what a decode worker reports of its links may be older than a
+prefill worker that has come back, under the same name, with another build.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +23,8 @@ class WorkerView:
     """One worker as the router sees it.
 
     `num_pending_tokens` counts prompt tokens still to be computed, those routed since the last report included.
-    `cached_blocks` holds short hashes of reusable blocks. `last_chosen` grows with every choice; 0 means never.
+    `cached_blocks` holds short hashes of reusable blocks. `numerics_digest` names its arithmetic. `last_chosen` grows
+    with every choice; 0 means never.
     """
 
     worker_id: str
@@ -32,12 +35,16 @@ class WorkerView:
     is_draining: bool = False
     is_stalled: bool = False
     cached_blocks: Collection[int] = frozenset()
+    numerics_digest: str = ""
     last_chosen: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeView(WorkerView):
-    """A decode worker that the gateway has a session to. `links` names prefill workers it has a working session to."""
+    """A decode worker that the gateway has a session to. `links` names prefill workers it has a working session to.
+
+    `max_requests` bounds what it holds at once, and `num_in_flight` is what this gateway has there, in choices.
+    """
 
     max_requests: int
     max_model_len: int
@@ -70,10 +77,14 @@ class Refusal(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """What a request needs. `hashes` has the short hashes of its full blocks, first to last, for each block size in
-    use."""
+    use. Each of `num_choices` produces up to `max_tokens`. `numerics_digest` is the one that the worker must have
+    because the client has numbers that go with it; empty: any.
+    """
 
     num_prompt_tokens: int
     max_tokens: int
+    num_choices: int = 1
+    numerics_digest: str = ""
     hashes: Mapping[int, Sequence[int]]
     excluded: Collection[str] = frozenset()
 
@@ -81,7 +92,7 @@ class Demand:
 def choose(snapshot: Snapshot, demand: Demand) -> Route | Refusal:
     """The pair that serves `demand` at least cost, or why there is none."""
     able = [worker for worker in snapshot.decode if _is_able(worker, demand)]
-    open_to_more = [worker for worker in able if worker.num_in_flight < worker.max_requests]
+    open_to_more = [worker for worker in able if worker.num_in_flight + demand.num_choices <= worker.max_requests]
     prefill = [worker for worker in snapshot.prefill if not worker.is_draining]
     ranked = [
         ((cost, last_chosen, route.decode_worker, route.prefill_worker or ""), route)
@@ -105,7 +116,8 @@ def matched_tokens(worker: WorkerView, hashes: Mapping[int, Sequence[int]]) -> i
 
 def _is_able(worker: DecodeView, demand: Demand) -> bool:
     fits = demand.num_prompt_tokens + demand.max_tokens <= worker.max_model_len
-    return fits and not worker.is_draining and worker.worker_id not in demand.excluded
+    is_equal = demand.numerics_digest in ("", worker.numerics_digest)
+    return fits and is_equal and not worker.is_draining and worker.worker_id not in demand.excluded
 
 
 def _pairs(worker: DecodeView, prefill: Sequence[WorkerView], demand: Demand) -> Iterator[tuple[int, int, Route]]:
@@ -114,10 +126,12 @@ def _pairs(worker: DecodeView, prefill: Sequence[WorkerView], demand: Demand) ->
     Without any linked prefill worker the decode worker is a route of its own, if it may prefill.
     """
     matched = matched_tokens(worker, demand.hashes)
-    num_tokens = demand.num_prompt_tokens + demand.max_tokens
+    num_tokens = demand.num_prompt_tokens + demand.num_choices * demand.max_tokens
     shortage = max(0, num_tokens - matched - worker.num_available_blocks * worker.block_size)
     cost = _load(worker) + shortage - matched
-    linked = [peer for peer in prefill if peer.worker_id in worker.links]
+    linked = [
+        peer for peer in prefill if peer.worker_id in worker.links and peer.numerics_digest == worker.numerics_digest
+    ]
     for peer in linked:
         spared = matched_tokens(peer, demand.hashes)
         # What decode holds need not be computed again, so only what the peer's cache holds beyond it counts.

@@ -21,6 +21,7 @@ from gateway.request import (
     JourneyRequest,
     Placed,
     Prompt,
+    PromptLogprobs,
     Started,
     TextPrompt,
     TokenPrompt,
@@ -162,7 +163,7 @@ def _chat(chat: inference_pb2.ChatPrompt) -> ChatPrompt:
     return ChatPrompt(tuple(Message(message.role, message.content) for message in chat.messages))
 
 
-def _to_wire(event: Started | Delta | Finished, client_id: str) -> inference_pb2.GenerateResponse:
+def _to_wire(event: Started | PromptLogprobs | Delta | Finished, client_id: str) -> inference_pb2.GenerateResponse:
     match event:
         case Started():
             started = inference_pb2.GenerateStarted(
@@ -173,12 +174,16 @@ def _to_wire(event: Started | Delta | Finished, client_id: str) -> inference_pb2
                 prompt_tokens=len(event.prompt_token_ids),
             )
             return inference_pb2.GenerateResponse(started=started)
-        case Delta():
+        case PromptLogprobs():
             return inference_pb2.GenerateResponse(
-                delta=inference_pb2.GenerateDelta(text=event.text, tokens=event.tokens)
+                prompt_logprobs=inference_pb2.PromptLogprobsDelta(tokens=event.tokens)
             )
+        case Delta():
+            delta = inference_pb2.GenerateDelta(choice_index=event.choice_index, text=event.text, tokens=event.tokens)
+            return inference_pb2.GenerateResponse(delta=delta)
         case Finished():
             finished = inference_pb2.GenerateFinished(
+                choice_index=event.choice_index,
                 finish_reason=event.finish_reason,
                 usage=event.usage,
                 handoff=event.handoff,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import grpc.aio
 
+from staffetta import validate
 from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe, prompt_parts
@@ -23,18 +24,24 @@ Pipe = SessionPipe[decode_pb2.DecodeSessionResponse, decode_pb2.DecodeSessionReq
 
 
 class RequestStream:
-    """One request's events on one session. Whoever started it closes it."""
+    """One request's events on one session, those of all its choices. Whoever started it closes it."""
 
-    def __init__(self, session: "DecodeSession", request_id: str) -> None:
+    def __init__(self, session: "DecodeSession", request_id: str, *, num_choices: int) -> None:
         self._session = session
         self._request_id = request_id
         self._events: asyncio.Queue[decode_pb2.SequenceEvent | StaffettaError] = asyncio.Queue()
-        self._has_ended = False
+        self.num_running = num_choices
+        """Choices that the worker has not ended."""
 
     @property
     def worker_id(self) -> str:
         """The decode worker that runs the request."""
         return self._session.worker_id
+
+    @property
+    def numerics_digest(self) -> str:
+        """What names that worker's arithmetic."""
+        return self._session.numerics_digest
 
     def is_stalled(self) -> bool:
         """Whether that worker's engine stands still."""
@@ -49,35 +56,37 @@ class RequestStream:
             raise error_from_failure(event.failure)
         return event
 
-    def grant(self, num_tokens: int) -> None:
-        """Lets the worker produce `num_tokens` more."""
-        if not self._has_ended:
-            grant = decode_pb2.Grant(request_id=self._request_id, tokens=num_tokens)
+    def grant(self, choice_index: int, num_tokens: int) -> None:
+        """Lets the worker produce `num_tokens` more of a choice."""
+        if self.num_running:
+            grant = decode_pb2.Grant(request_id=self._request_id, choice_index=choice_index, tokens=num_tokens)
             self._session.send(decode_pb2.DecodeSessionRequest(grant=grant))
 
     def cancel(self) -> None:
-        """Asks the worker to end the request; its last event still comes. Idempotent."""
-        if not self._has_ended:
+        """Asks the worker to end every choice; their last events still come. Idempotent."""
+        if self.num_running:
             cancel = decode_pb2.CancelRequest(request_id=self._request_id)
             self._session.send(decode_pb2.DecodeSessionRequest(cancel=cancel))
 
     def close(self) -> None:
         """Ends the request here and, unless it has ended there, on the worker. Idempotent."""
         self.cancel()
-        self._has_ended = True
+        self.num_running = 0
         self._session.forget(self._request_id)
 
     def put(self, event: decode_pb2.SequenceEvent | StaffettaError) -> None:
         """Delivers an event or what ended the request; for the session alone."""
-        if isinstance(event, StaffettaError) or event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
-            self._has_ended = True
+        if isinstance(event, StaffettaError):
+            self.num_running = 0
+        elif event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+            self.num_running = max(0, self.num_running - 1)
         self._events.put_nowait(event)
 
 
 class DecodeSession:
     """A session to one decode worker, made and served by `run_session`. Its limits are known once it is open."""
 
-    def __init__(self, pipe: Pipe, worker_id: str) -> None:
+    def __init__(self, pipe: Pipe, worker_id: str, *, numerics_digest: str = "") -> None:
         self._pipe = pipe
         self._streams: dict[str, RequestStream] = {}
         self._is_idle = asyncio.Event()
@@ -85,6 +94,7 @@ class DecodeSession:
         self._last_turns = 0
         self._num_stalled = 0
         self.worker_id = worker_id
+        self.numerics_digest = numerics_digest
         self.max_model_len = 0
         self.max_requests = 0
 
@@ -92,6 +102,11 @@ class DecodeSession:
     def num_in_flight(self) -> int:
         """Requests of this gateway on the worker."""
         return len(self._streams)
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of those requests that the worker has not ended; what its own bound counts."""
+        return sum(stream.num_running for stream in self._streams.values())
 
     @property
     def is_stalled(self) -> bool:
@@ -108,7 +123,8 @@ class DecodeSession:
         request.num_prompt_tokens = len(token_ids)
         first, *rest = prompt_parts(token_ids)
         request.token_ids.extend(first)
-        stream = RequestStream(self, request.request_id)
+        num_choices = validate.num_choices(validate.sampling_of(request.sampling))
+        stream = RequestStream(self, request.request_id, num_choices=num_choices)
         self._streams[request.request_id] = stream
         self._is_idle.clear()
         self.send(decode_pb2.DecodeSessionRequest(start=request))
@@ -131,7 +147,7 @@ class DecodeSession:
         if answer is None or answer.WhichOneof("message") != "opened":
             raise ProtocolError(f"worker {self.worker_id} did not answer the opening of a session")
         opened = answer.opened
-        for name in ("worker_id", "incarnation", "model_digest"):
+        for name in ("worker_id", "incarnation", "model_digest", "numerics_digest"):
             said, found = getattr(announced, name), getattr(opened.identity, name)
             if said != found:
                 raise IncompatiblePeerError(f"the worker announced {name} {said!r} and opened with {found!r}")
@@ -188,7 +204,7 @@ async def run_session(
     channel = open_channel(worker.address)
     call = decode_pb2_grpc.DecodeServiceStub(channel).Session()
     pipe = Pipe(call.read, call.write, heartbeat_s=heartbeat_s)
-    session = DecodeSession(pipe, worker.identity.worker_id)
+    session = DecodeSession(pipe, worker.identity.worker_id, numerics_digest=worker.identity.numerics_digest)
 
     async def serve() -> None:
         pipe.send(_opening(worker.identity, gateway_id, heartbeat_s))

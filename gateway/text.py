@@ -81,7 +81,11 @@ class Text:
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A decoder for one request's tokens as they come."""
-        return IncrementalDetokenizer(self.decode, self._is_silent)
+        return IncrementalDetokenizer(self.decode, self.is_special)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether an id has no text of its own where it stands between others."""
+        return token_id in self._silent_ids or self._tokenizer.id_to_token(token_id) is None
 
     def token_text(self, token_id: int) -> str:
         """One token on its own, special tokens by their names; incomplete characters become U+FFFD."""
@@ -101,9 +105,6 @@ class Text:
         if match := _BYTE_FALLBACK.fullmatch(token):
             return bytes([int(match[1], 16)])
         return token.replace(_WORD_START, " ").encode()
-
-    def _is_silent(self, token_id: int) -> bool:
-        return token_id in self._silent_ids or self._tokenizer.id_to_token(token_id) is None
 
     def _find(self, text: str) -> list[_Occurrence]:
         if self._special_pattern is None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,11 @@ def test_a_clients_id_that_is_long_or_does_not_print_is_refused_by_name(client_i
         ("max_tokens", (1, 2**32 - 1), (0, -1, 2**32)),
         ("min_tokens", (0, 5), (-1, 2**32)),
         ("logprobs", (0, 20), (-1, 21)),
+        ("prompt_logprobs", (0, 20), (-1, 21)),
+        ("n", (1, 16), (0, -1, 17, 2**32)),
+        ("repetition_penalty", (0.001, 1.0, 2.0), (0.0, -1.0, 2.001, 1e-60, math.nan, math.inf)),
+        ("presence_penalty", (-2.0, 0.0, 2.0), (-2.001, 2.001, math.nan, -math.inf)),
+        ("frequency_penalty", (-2.0, 0.0, 2.0), (-2.001, 2.001, math.nan, math.inf)),
         ("stop_token_ids", ((), (0, 99), (1,) * 64), ((100,), (-1,), (1,) * 65)),
         ("stop", ((), ("a",) * 16, ("x" * 256,)), (("",), ("a",) * 17, ("x" * 257,), ("\ud800",))),
     ],
@@ -77,6 +83,13 @@ def test_a_refusal_states_the_value_and_what_is_allowed() -> None:
     with pytest.raises(InvalidRequestError) as refusal:
         validate.check_sampling(Sampling(temperature=3.5), LIMITS)
     assert refusal.value.message == "temperature is 3.5; allowed: 0 to 2; 0 is greedy"
+
+
+def test_a_request_that_does_not_say_has_one_choice() -> None:
+    assert validate.num_choices(Sampling()) == 1
+    assert validate.num_choices(Sampling(n=16)) == 16
+    with pytest.raises(InvalidRequestError, match=r"^n is 17; allowed: 1 to 16$"):
+        validate.num_choices(Sampling(n=17))
 
 
 def test_min_tokens_may_equal_max_tokens_but_not_exceed_it() -> None:
@@ -174,6 +187,13 @@ def test_a_worker_accepts_a_resolved_request() -> None:
         ({"prefill_worker": "../x"}, "prefill_worker"),
         ({"cache_salt": b"x" * 65}, "cache_salt"),
         ({"stop_token_ids": [100]}, "stop_token_ids"),
+        ({"n": 17}, "n"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"choice_index": 1}, "choice_index"),
+        ({"choice_index": 16, "first_token_index": 2}, "choice_index"),
     ],
 )
 def test_a_worker_refuses_what_a_gateway_should_not_have_sent(changes: dict[str, object], param: str) -> None:
@@ -188,6 +208,10 @@ def test_a_resumed_request_counts_what_it_generated_before_only_once() -> None:
         validate.check_start(make_start(num_prompt_tokens=61, first_token_index=4, max_tokens=8), LIMITS)
 
 
+def test_a_resumed_request_may_be_any_choice() -> None:
+    validate.check_start(make_start(first_token_index=2, choice_index=15), LIMITS)
+
+
 def test_a_part_of_a_prompt_may_not_bring_more_than_is_missing() -> None:
     validate.check_prompt_part([1, 2], 2, LIMITS)
     with pytest.raises(InvalidRequestError, match="1 more tokens than num_prompt_tokens says"):
@@ -196,10 +220,10 @@ def test_a_part_of_a_prompt_may_not_bring_more_than_is_missing() -> None:
 
 def test_unset_fields_of_the_wire_stay_unset() -> None:
     assert validate.sampling_of(common_pb2.SamplingParams()) == Sampling()
-    set_to_zero = common_pb2.SamplingParams(temperature=0, top_k=0, seed=0, min_tokens=0, logprobs=0, ignore_eos=False)
-    assert validate.sampling_of(set_to_zero) == Sampling(
-        temperature=0.0, top_k=0, seed=0, min_tokens=0, logprobs=0, ignore_eos=False
-    )
+    zeros: dict[str, Any] = dict.fromkeys(
+        ("temperature", "top_k", "seed", "min_tokens", "logprobs", "ignore_eos", "n", "prompt_logprobs"), 0
+    ) | dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), 0.0)
+    assert validate.sampling_of(common_pb2.SamplingParams(**zeros)) == Sampling(**zeros)
 
 
 @given(st.binary(max_size=200))

@@ -13,7 +13,7 @@ from staffetta.identity import ModelRefusedError
 MAX_FILE_BYTES: Final = 2**23
 
 _FIX: Final = "use an unmodified model directory, or another model"
-_READ: Final = frozenset({"eos_token_id", "do_sample", "temperature", "top_k", "top_p"})
+_READ: Final = frozenset({"eos_token_id", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty"})
 _INERT: Final = frozenset(
     {"_from_model_config", "bos_token_id", "cache_implementation", "pad_token_id", "transformers_version"}
 )
@@ -73,6 +73,7 @@ class GenerationDefaults:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    repetition_penalty: float | None = None
     eos_token_ids: tuple[int, ...] = ()
     unsupported: tuple[str, ...] = ()
 
@@ -96,7 +97,7 @@ def read_generation_defaults(directory: Path, *, vocab_size: int) -> GenerationD
     """Reads generation_config.json, which may be absent. Raises ModelRefusedError for a value out of bounds."""
     fields = read_fields(directory / "generation_config.json")
     values = fields.values
-    temperature = top_k = top_p = None
+    temperature = top_k = top_p = repetition_penalty = None
     if values.get("temperature") is not None:
         temperature = fields.number("temperature", low=0.0, high=2.0)
     if "do_sample" in values and not fields.flag("do_sample"):
@@ -105,6 +106,8 @@ def read_generation_defaults(directory: Path, *, vocab_size: int) -> GenerationD
         top_k = fields.integer("top_k", low=0, high=2**22)
     if values.get("top_p") is not None:
         top_p = fields.number("top_p", low=1e-6, high=1.0)
+    if values.get("repetition_penalty") is not None:
+        repetition_penalty = fields.number("repetition_penalty", low=1e-6, high=2.0)
     unsupported = (
         name
         for name, value in values.items()
@@ -114,6 +117,7 @@ def read_generation_defaults(directory: Path, *, vocab_size: int) -> GenerationD
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        repetition_penalty=repetition_penalty,
         eos_token_ids=fields.token_ids("eos_token_id", vocab_size=vocab_size),
         unsupported=tuple(sorted(unsupported)),
     )

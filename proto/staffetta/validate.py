@@ -16,6 +16,10 @@ from staffetta.errors import ContextLengthExceededError, InvalidRequestError
 from staffetta.v1 import common_pb2, decode_pb2
 
 MAX_TEMPERATURE: Final = 2.0
+MAX_REPETITION_PENALTY: Final = 2.0
+MAX_PENALTY: Final = 2.0
+"""Of presence and frequency, which are taken from a logit; as far below 0."""
+MAX_CHOICES: Final = 16
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 MAX_STOP_TOKEN_IDS: Final = 64
@@ -49,6 +53,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool | None = None
     logprobs: int | None = None
+    n: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +85,30 @@ def sampling_of(params: common_pb2.SamplingParams) -> Sampling:
         stop=tuple(params.stop),
         ignore_eos=params.ignore_eos if optional("ignore_eos") else None,
         logprobs=params.logprobs if optional("logprobs") else None,
+        n=params.n if optional("n") else None,
+        repetition_penalty=params.repetition_penalty if optional("repetition_penalty") else None,
+        presence_penalty=params.presence_penalty if optional("presence_penalty") else None,
+        frequency_penalty=params.frequency_penalty if optional("frequency_penalty") else None,
+        prompt_logprobs=params.prompt_logprobs if optional("prompt_logprobs") else None,
     )
+
+
+def num_choices(sampling: Sampling) -> int:
+    """How many continuations are asked for. Raises InvalidRequestError for none and for too many.
+
+    There is no bound on n × (prompt and `max_tokens`): choices share the prompt's blocks and are preempted one by one,
+    so what a request can take is bounded by this number and by the context, which each choice must fit on its own.
+    Whoever bounds what it holds at once counts choices, each of which may take as much as a request of its own.
+    """
+    wanted = 1 if sampling.n is None else sampling.n
+    if not 1 <= wanted <= MAX_CHOICES:
+        raise _outside("n", wanted, f"1 to {MAX_CHOICES}")
+    return wanted
 
 
 def check_sampling(sampling: Sampling, limits: Limits) -> None:
     """Checks every value against its own bounds, and `min_tokens` against `max_tokens`."""
+    num_choices(sampling)
     if sampling.temperature is not None:
         _check_real(sampling.temperature, "temperature")
         if not 0 <= sampling.temperature <= MAX_TEMPERATURE:
@@ -89,9 +117,11 @@ def check_sampling(sampling: Sampling, limits: Limits) -> None:
         _check_real(sampling.top_p, "top_p")
         if not 0 < as_float32(sampling.top_p) <= 1:
             raise _outside("top_p", sampling.top_p, "above 0 up to 1; 1 keeps every token")
+    _check_penalties(sampling)
     _check_count(sampling.top_k, "top_k", "0 to 4294967295; 0 keeps every token")
     _check_count(sampling.min_tokens, "min_tokens", "0 to max_tokens")
     _check_count(sampling.logprobs, "logprobs", f"0 to {MAX_LOGPROBS}", largest=MAX_LOGPROBS)
+    _check_count(sampling.prompt_logprobs, "prompt_logprobs", f"0 to {MAX_LOGPROBS}", largest=MAX_LOGPROBS)
     if sampling.seed is not None and not 0 <= sampling.seed <= _UINT64_MAX:
         raise _outside("seed", sampling.seed, "0 to 18446744073709551615")
     if sampling.max_tokens is not None and not 1 <= sampling.max_tokens <= _UINT32_MAX:
@@ -204,6 +234,7 @@ def check_start(request: decode_pb2.StartRequest, limits: Limits) -> None:
             f"and max_tokens ({max_tokens})",
             param="first_token_index",
         )
+    _check_choice_index(request)
     check_budget(request.num_prompt_tokens, max_tokens - num_generated, limits)
     check_prompt_part(request.token_ids, request.num_prompt_tokens, limits)
     if request.prefill_worker:
@@ -227,6 +258,31 @@ def as_float32(value: float) -> float:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return math.copysign(math.inf, value)
+
+
+def _check_penalties(sampling: Sampling) -> None:
+    if sampling.repetition_penalty is not None:
+        _check_real(sampling.repetition_penalty, "repetition_penalty")
+        if not 0 < as_float32(sampling.repetition_penalty) <= MAX_REPETITION_PENALTY:
+            raise _outside("repetition_penalty", sampling.repetition_penalty, "above 0 up to 2; 1 changes nothing")
+    for name, value in (
+        ("presence_penalty", sampling.presence_penalty),
+        ("frequency_penalty", sampling.frequency_penalty),
+    ):
+        if value is not None:
+            _check_real(value, name)
+            if not -MAX_PENALTY <= value <= MAX_PENALTY:
+                raise _outside(name, value, "-2 to 2; 0 changes nothing")
+
+
+def _check_choice_index(request: decode_pb2.StartRequest) -> None:
+    """Only a restart names a choice, and goes on with that one alone: a first start has all of them, from 0 on."""
+    if request.first_token_index and request.sampling.n > 1:
+        raise _outside("n", request.sampling.n, "1 where first_token_index is not 0: a restart goes on with one choice")
+    if request.choice_index and not request.first_token_index:
+        raise _outside("choice_index", request.choice_index, "0 where first_token_index is 0")
+    if request.choice_index >= MAX_CHOICES:
+        raise _outside("choice_index", request.choice_index, f"0 to {MAX_CHOICES - 1}")
 
 
 def _check_stops(sampling: Sampling, limits: Limits) -> None:

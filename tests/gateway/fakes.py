@@ -39,7 +39,8 @@ def make_token(index: int, token_id: int, *, num_logprobs: int | None = None) ->
 
 
 class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
-    """Plays `reply` to every request, as far as its credit reaches; with `reply` None the test emits by hand."""
+    """Plays `reply` to every choice of every request, as far as its credit reaches; with `reply` None the test emits by
+    hand. `replies` are those of choices that differ; tokens of the choices come by turns."""
 
     def __init__(self, digest: str, *, worker_id: str = "decode-0", reply: Sequence[int] | None = ()) -> None:
         self.digest = digest
@@ -47,6 +48,8 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         self.worker_id = worker_id
         self.incarnation = "1"
         self.reply = reply
+        self.replies: dict[int, Sequence[int]] = {}
+        self.numerics_digest = "numerics"
         self.finish_reason = common_pb2.FINISH_REASON_STOP
         self.failure: common_pb2.Failure | None = None
         self.max_requests = 64
@@ -56,7 +59,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         self.starts: asyncio.Queue[decode_pb2.StartRequest] = asyncio.Queue()
         self.cancels: asyncio.Queue[str] = asyncio.Queue()
         self.prompts: dict[str, list[int]] = {}
-        self.credit: dict[str, int] = {}
+        self.credit: dict[tuple[str, int], int] = {}
         self.peers: list[str] = []
         self.num_wanted_snapshots = 0
         self.gateway_heartbeat_s = 0.0
@@ -75,7 +78,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
             role=common_pb2.WORKER_ROLE_DECODE,
             model="demo",
             model_digest=self.digest,
-            numerics_digest="numerics",
+            numerics_digest=self.numerics_digest,
             layout=common_pb2.KVLayout(layout_id="layout", groups=[common_pb2.KVGroup(block_size=BLOCK_SIZE)]),
             key_fingerprint=key_fingerprint(bytes.fromhex(CLUSTER_KEY)),
         )
@@ -99,17 +102,25 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         token_ids: Sequence[int],
         *,
         at: int = 0,
+        choice: int = 0,
         finish: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_UNSPECIFIED,
         num_logprobs: int | None = None,
     ) -> None:
         """Sends tokens, the first with index `at`, in one step."""
-        event = decode_pb2.SequenceEvent(request_id=request_id, finish_reason=finish)
+        event = decode_pb2.SequenceEvent(request_id=request_id, choice_index=choice, finish_reason=finish)
         event.tokens.extend(
             make_token(at + rank, token_id, num_logprobs=num_logprobs) for rank, token_id in enumerate(token_ids)
         )
         if finish:
             event.summary.CopyFrom(SUMMARY)
             event.summary.handoff.decode_worker = self.worker_id
+        self.send(event)
+
+    def score(self, request_id: str, positions: range, *, num_logprobs: int = 0) -> None:
+        """Sends the log-probabilities of prompt tokens."""
+        event = decode_pb2.SequenceEvent(request_id=request_id)
+        prompt = self.prompts[request_id]
+        event.prompt_tokens.extend(make_token(at, prompt[at], num_logprobs=num_logprobs) for at in positions)
         self.send(event)
 
     def send(self, event: decode_pb2.SequenceEvent) -> None:
@@ -151,21 +162,24 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
                 case "start":
                     start = message.start
                     self.prompts[start.request_id] = list(start.token_ids)
-                    self.credit[start.request_id] = start.credit
+                    for choice in range(start.sampling.n):
+                        self.credit[start.request_id, choice] = start.credit
                     self.starts.put_nowait(start)
                     if self.reply is not None:
                         players.add(asyncio.create_task(self._play(start)))
                 case "append_prompt":
                     self.prompts[message.append_prompt.request_id].extend(message.append_prompt.token_ids)
                 case "grant":
-                    if message.grant.request_id in self.credit:
-                        self.credit[message.grant.request_id] += message.grant.tokens
+                    key = (message.grant.request_id, message.grant.choice_index)
+                    if key in self.credit:
+                        self.credit[key] += message.grant.tokens
                     self._granted.set()
                 case "cancel":
                     self.cancels.put_nowait(message.cancel.request_id)
-                    if message.cancel.request_id in self.credit:
-                        del self.credit[message.cancel.request_id]
-                        self.emit(message.cancel.request_id, (), finish=common_pb2.FINISH_REASON_CANCELLED)
+                    for request_id, choice in tuple(self.credit):
+                        if request_id == message.cancel.request_id:
+                            del self.credit[request_id, choice]
+                            self.emit(request_id, (), choice=choice, finish=common_pb2.FINISH_REASON_CANCELLED)
 
     async def _play(self, start: decode_pb2.StartRequest) -> None:
         request_id = start.request_id
@@ -175,18 +189,31 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
             )
             self.send(event)
             return
+        if start.sampling.HasField("prompt_logprobs"):
+            self.score(request_id, range(1, start.num_prompt_tokens), num_logprobs=start.sampling.prompt_logprobs)
         num_logprobs = start.sampling.logprobs if start.sampling.HasField("logprobs") else None
-        reply = list(self.reply or ())[: start.sampling.max_tokens]
-        for index, token_id in enumerate(reply):
-            while self.credit.get(request_id, 1) <= index:
+        replies = {choice: self.replies.get(choice, self.reply or ()) for choice in range(start.sampling.n)}
+        num_sent = dict.fromkeys(replies, 0)
+        while num_sent:
+            has_advanced = False
+            for choice, index in tuple(num_sent.items()):
+                if (request_id, choice) not in self.credit:
+                    return
+                if index == min(len(replies[choice]), start.sampling.max_tokens):
+                    del num_sent[choice], self.credit[request_id, choice]
+                    is_cut = index < len(replies[choice])
+                    reason = common_pb2.FINISH_REASON_LENGTH if is_cut else self.finish_reason
+                    self.emit(request_id, (), choice=choice, finish=reason)
+                elif index < self.credit[request_id, choice]:
+                    token_id = replies[choice][index]
+                    self.emit(request_id, [token_id], at=index, choice=choice, num_logprobs=num_logprobs)
+                    num_sent[choice] += 1
+                else:
+                    continue
+                has_advanced = True
+            if not has_advanced:
                 self._granted.clear()
                 await self._granted.wait()
-            if request_id not in self.credit:
-                return
-            self.emit(request_id, [token_id], at=index, num_logprobs=num_logprobs)
-        self.credit.pop(request_id)
-        is_cut = self.reply is not None and len(reply) < len(self.reply)
-        self.emit(request_id, (), finish=common_pb2.FINISH_REASON_LENGTH if is_cut else self.finish_reason)
 
     async def _register(self, registry: str) -> None:
         channel = open_channel(registry)

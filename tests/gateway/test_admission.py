@@ -78,7 +78,7 @@ async def test_calls_to_the_tokenizer_count_as_requests(method: str) -> None:
         with it.gateway.journeys.admission.held(), pytest.raises(grpc.aio.AioRpcError) as full:
             await getattr(stub, method)(request if method == "Detokenize" else inference_pb2.TokenizeRequest(text="x"))
     assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "the gateway holds 1 requests" in (full.value.details() or "")
+    assert "the gateway holds 1 requests, of 1 that it may" in (full.value.details() or "")
 
 
 @asynchronous

@@ -125,7 +125,7 @@ async def test_a_client_that_does_not_read_exhausts_its_own_credit_only() -> Non
         request_id = (await it.worker.starts.get()).request_id
         quick = await it.http.post(CHAT, json={"messages": HI, "max_tokens": 20})
         assert quick.json()["usage"]["completion_tokens"] == 20
-        assert it.worker.credit[request_id] == 8
+        assert it.worker.credit[request_id, 0] == 8
         assert sent == []
         may_read.set()
         await slow
@@ -142,10 +142,10 @@ async def test_credit_is_granted_only_as_the_client_takes() -> None:
         letter = ids_of("a")
         it.worker.emit(request_id, letter)
         await anext(events)
-        assert it.worker.credit[request_id] == 4
+        assert it.worker.credit[request_id, 0] == 4
         it.worker.emit(request_id, letter, at=1)
         await anext(events)
-        await eventually(lambda: it.worker.credit[request_id] == 6)
+        await eventually(lambda: it.worker.credit[request_id, 0] == 6)
         it.worker.emit(request_id, (), finish=common_pb2.FINISH_REASON_STOP)
         assert [event.WhichOneof("event") async for event in events] == ["finished"]
 

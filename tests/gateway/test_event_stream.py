@@ -2,7 +2,7 @@
 
 from starlette.types import Message
 
-from gateway.generate_http import EventStream
+from gateway.event_stream import EventStream
 from gateway.request import Placed
 from tests.gateway.running import asynchronous, eventually
 
@@ -23,7 +23,7 @@ async def test_no_comment_pretends_that_an_engine_that_stands_still_advances() -
         return answers.pop(0) if answers else True
 
     stream = EventStream(send, {}, keep_alive_s=0.001)
-    stream.place(Placed("decode-7", is_stalled))
+    stream.place(Placed("decode-7", "numerics", is_stalled))
     async with stream.kept_alive():
         assert sent == []
         await stream.write(b"data: 1\n\n")

@@ -25,6 +25,7 @@ def make_announcement(worker_id: str = "prefill-0", **identity: Any) -> registry
         "incarnation": "1",
         "role": common_pb2.WORKER_ROLE_PREFILL,
         "model_digest": demo_model().digest,
+        "numerics_digest": "numerics",
         "layout": common_pb2.KVLayout(groups=[common_pb2.KVGroup(block_size=16)]),
         "key_fingerprint": key_fingerprint(bytes.fromhex(CLUSTER_KEY)),
     }
@@ -128,6 +129,16 @@ async def test_a_linked_prefill_worker_is_named_to_the_decode_worker() -> None:
         await eventually(lambda: any(worker.links for worker in it.gateway.workers) and len(it.worker.peers) == 1)
         await it.http.post("/v1/completions", json={"prompt": "x"})
         assert (await it.worker.starts.get()).prefill_worker == "prefill-0"
+
+
+@asynchronous
+async def test_a_link_to_a_prefill_worker_that_came_back_with_another_build_is_not_used() -> None:
+    async with running(reply=ids_of("a")) as it, registering(it) as call:
+        it.worker.links = [registry_pb2.PeerLink(prefill_worker="prefill-0", transport="shm")]
+        await call.write(make_report(1, announcement=make_announcement(numerics_digest="other")))
+        await eventually(lambda: any(worker.links for worker in it.gateway.workers) and len(it.worker.peers) == 1)
+        await it.http.post("/v1/completions", json={"prompt": "x"})
+        assert (await it.worker.starts.get()).prefill_worker == ""
 
 
 @asynchronous

@@ -81,13 +81,13 @@ async def test_a_stream_is_byte_for_byte_what_the_protocol_says() -> None:
         response = await it.http.post(CHAT, json=body)
     head = (
         f'{{"id":"chatcmpl-{response.headers["x-request-id"]}","object":"chat.completion.chunk",'
-        f'"created":{events_of(response.text)[0]["created"]},"model":"demo","choices":'
+        f'"created":{events_of(response.text)[0]["created"]},"model":"demo","system_fingerprint":"numerics","choices":'
     )
     pieces = ['{"role":"assistant","content":""}', '{"content":"a"}', '{"content":"b"}']
     chunks = [
         f'data: {head}[{{"index":0,"delta":{piece},"logprobs":null,"finish_reason":null}}]}}\n\n' for piece in pieces
     ]
-    last = f'data: {head}[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"stop"}}]'
+    last = f'data: {head}[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"stop","stop_reason":null}}]'
     assert response.text.partition(',"staffetta"')[0] == "".join(chunks) + last
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert response.headers["staffetta-decode-worker"] == "decode-0"
@@ -161,7 +161,7 @@ async def test_a_stop_string_cuts_the_text_and_cancels_the_worker() -> None:
         answer = response.json()
         assert answer["choices"][0]["message"]["content"] == "one "
         assert answer["choices"][0]["finish_reason"] == "stop"
-        assert answer["staffetta"]["stop_string"] == "two"
+        assert answer["choices"][0]["stop_reason"] == "two"
         assert answer["staffetta"]["handoff"]["decode_worker"] == "decode-0"
         assert it.num_in_flight() == 0
 
@@ -170,8 +170,8 @@ async def test_a_stop_string_cuts_the_text_and_cancels_the_worker() -> None:
 async def test_a_worker_that_sums_up_too_late_is_told_in_the_log_with_the_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("gateway.journey.SUMMARY_TIMEOUT_S", 0)
-    caplog.set_level("INFO", "gateway.journey")
+    monkeypatch.setattr("gateway.relay.SUMMARY_TIMEOUT_S", 0)
+    caplog.set_level("INFO", "gateway.relay")
     async with running(reply=ids_of("one two three four")) as it:
         response = await it.http.post(CHAT, json={"messages": HI, "stop": "two", "max_tokens": 50})
     request_id = response.headers["x-request-id"]

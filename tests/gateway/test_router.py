@@ -83,6 +83,37 @@ def test_a_stalled_worker_is_chosen_only_when_nobody_else_can_be() -> None:
     assert choose(Snapshot([stalled], []), make_demand()) == Route("d0", None)
 
 
+def test_workers_of_different_arithmetic_are_never_paired_whatever_their_links_say() -> None:
+    decode = make_decode(numerics_digest="a")
+    other, equal = make_prefill("p0", numerics_digest="b"), make_prefill("p1", numerics_digest="a", num_sequences=9)
+    assert choose(Snapshot([decode], [other, equal]), make_demand()) == Route("d0", "p1")
+    assert choose(Snapshot([decode], [other]), make_demand()) == Route("d0", None)
+    unable = make_decode(numerics_digest="a", prefills_locally=False)
+    assert choose(Snapshot([unable], [other]), make_demand()) is Refusal.NO_WORKER
+
+
+def test_a_request_whose_client_has_numbers_goes_on_with_equal_arithmetic_only() -> None:
+    decode = [make_decode("d0", numerics_digest="a"), make_decode("d1", numerics_digest="b", num_sequences=9)]
+    assert choose(Snapshot(decode, []), make_demand()) == Route("d0", None)
+    assert choose(Snapshot(decode, []), make_demand(numerics_digest="b")) == Route("d1", None)
+    assert choose(Snapshot(decode, []), make_demand(numerics_digest="c")) is Refusal.NO_WORKER
+
+
+def test_a_worker_is_full_when_it_has_no_room_for_every_choice() -> None:
+    nearly_full = make_decode(num_in_flight=6)
+    assert choose(Snapshot([nearly_full], []), make_demand(num_choices=2)) == Route("d0", None)
+    assert choose(Snapshot([nearly_full], []), make_demand(num_choices=3)) is Refusal.FULL
+
+
+def test_every_choice_needs_blocks_for_its_own_output_and_they_share_the_prompt() -> None:
+    # 64 tokens of prompt and 3 × 16 of output are 7 blocks.
+    short, roomy = make_decode("d0", num_available_blocks=6), make_decode("d1", num_available_blocks=7, num_sequences=1)
+    assert choose(Snapshot([short, roomy], []), make_demand(num_choices=2)) == Route("d0", None)
+    assert choose(Snapshot([short, roomy], []), make_demand(num_choices=3)) == Route("d0", None)
+    shorter = make_decode("d0", num_available_blocks=5)
+    assert choose(Snapshot([shorter, roomy], []), make_demand(num_choices=3)) == Route("d1", None)
+
+
 def test_ties_go_to_whom_was_chosen_longest_ago_then_to_the_smaller_name() -> None:
     decode = [make_decode("d1", last_chosen=3), make_decode("d0", last_chosen=4)]
     assert choose(Snapshot(decode, []), make_demand()) == Route("d1", None)

@@ -22,6 +22,7 @@ def test_a_model_without_the_file_has_no_defaults(tmp_path: Path) -> None:
 def test_end_tokens_and_sampling_are_read(tmp_path: Path) -> None:
     defaults = read(tmp_path, eos_token_id=[5, 7, 5], do_sample=True, temperature=0.6, top_k=20, top_p=0.9)
     assert defaults == GenerationDefaults(temperature=0.6, top_k=20, top_p=0.9, eos_token_ids=(5, 7))
+    assert read(tmp_path, repetition_penalty=1.1) == GenerationDefaults(repetition_penalty=1.1)
 
 
 def test_a_model_that_does_not_sample_is_greedy_whatever_its_temperature(tmp_path: Path) -> None:
@@ -29,13 +30,21 @@ def test_a_model_that_does_not_sample_is_greedy_whatever_its_temperature(tmp_pat
 
 
 def test_fields_without_effect_are_named(tmp_path: Path) -> None:
-    defaults = read(tmp_path, repetition_penalty=1.1, min_p=0.1, bos_token_id=1, use_cache=False)
-    assert defaults.unsupported == ("min_p", "repetition_penalty")
+    defaults = read(tmp_path, num_beams=4, min_p=0.1, bos_token_id=1, use_cache=False)
+    assert defaults.unsupported == ("min_p", "num_beams")
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"temperature": -1}, {"top_p": 0}, {"top_k": 1.5}, {"do_sample": 1}, {"eos_token_id": 97}, {"eos_token_id": "2"}],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_k": 1.5},
+        {"repetition_penalty": 0},
+        {"do_sample": 1},
+        {"eos_token_id": 97},
+        {"eos_token_id": "2"},
+    ],
     ids=str,
 )
 def test_a_value_out_of_bounds_is_refused_by_its_name(tmp_path: Path, fields: dict[str, Any]) -> None:

@@ -1,0 +1,158 @@
+"""One attempt of a request on one decode worker: the news of its choices, as they come, as the client's events.
+
+Each choice has text, stop strings, credit and one ending of its own; an error of any of them is the request's. The wire
+cancels requests, not choices. So a choice that ended here, by a stop string, is granted nothing more and what still
+comes of it is dropped; its ending is told with the worker's summary of it, which comes when the worker ends the choice
+too, or when all choices have ended and the request is cancelled. Never ends the stream: who opened it closes it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from typing import Final
+
+from gateway.metrics import Metrics
+from gateway.output import Output
+from gateway.prepare import Prepared
+from gateway.progress import Progress
+from gateway.request import Delta, Finished, PromptLogprobs
+from gateway.session import RequestStream
+from gateway.text import Text
+from staffetta.errors import DrainingError, InternalError, StaffettaError
+from staffetta.v1 import common_pb2, decode_pb2
+
+SUMMARY_TIMEOUT_S: Final = 1.0
+"""How long the end of a request cut by stop strings waits for the worker's summaries."""
+
+log = logging.getLogger(__name__)
+
+
+class _Choice:
+    """One choice that the client has not been told the end of."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.num_ungranted = 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop string ended it."""
+        return self.output.stop_string is not None
+
+
+class Relay:
+    """The choices of one attempt. Event loop only."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        prepared: Prepared,
+        stream: RequestStream,
+        *,
+        text: Text,
+        metrics: Metrics,
+        credit_tokens: int,
+    ) -> None:
+        self._progress = progress
+        self._stream = stream
+        self._metrics = metrics
+        self._credit_tokens = credit_tokens
+        self._scores_prompt = prepared.sampling.HasField("prompt_logprobs")
+        self._open = {
+            index: _Choice(Output(text, prepared, choice_index=index)) for index in range(prepared.sampling.n)
+        }
+        self._has_summary = False
+
+    async def events(self) -> AsyncGenerator[PromptLogprobs | Delta | Finished, None]:
+        """The attempt's events. Ends with the last choice's Finished, or raises what ended the request."""
+        while not all(choice.is_cut for choice in self._open.values()):
+            phase = "generating" if self._progress.num_tokens else "waiting for the first token"
+            event = await self._progress.within_deadline(self._stream.next(), phase)
+            if event.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
+                raise DrainingError("the worker gave the request up because it is about to end; send it again")
+            if scored := self._progress.prompt.take(event.prompt_tokens):
+                self._progress.numerics_digest = self._stream.numerics_digest
+                yield PromptLogprobs(scored)
+            choice = self._choice_of(event)
+            has_ended = event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
+            delta = choice.output.take(event.tokens)
+            if has_ended:
+                delta = Delta(delta.choice_index, delta.text + choice.output.flush(), delta.tokens)
+            if delta.tokens or delta.text:
+                if self._scores_prompt:
+                    self._progress.prompt.check_whole(self._progress.num_prompt_tokens)
+                self._progress.tokens_came(delta.choice_index, len(delta.tokens), self._metrics)
+                yield delta
+            if has_ended:
+                yield self._finish(event.choice_index, event.finish_reason, event.summary)
+            elif not choice.is_cut:
+                self._grant(choice, delta)
+        if self._open:
+            summaries = await self._sum_up()
+            for index in tuple(self._open):
+                summary = summaries.get(index, decode_pb2.SequenceSummary())
+                yield self._finish(index, common_pb2.FINISH_REASON_STOP, summary)
+
+    def _choice_of(self, event: decode_pb2.SequenceEvent) -> _Choice:
+        if (choice := self._open.get(event.choice_index)) is None:
+            raise InternalError(f"news came of choice {event.choice_index}, which has ended or was not asked for")
+        return choice
+
+    def _grant(self, choice: _Choice, delta: Delta) -> None:
+        """Lets the worker produce as much of a choice as the client has taken; it has, once its event was yielded."""
+        choice.num_ungranted += len(delta.tokens)
+        if 2 * choice.num_ungranted >= self._credit_tokens:
+            self._stream.grant(delta.choice_index, choice.num_ungranted)
+            choice.num_ungranted = 0
+
+    def _finish(
+        self, index: int, reason: common_pb2.FinishReason.ValueType, summary: decode_pb2.SequenceSummary
+    ) -> Finished:
+        """The end of a choice. Counts the hand-off once for the request: every choice tells of the same one."""
+        choice = self._open.pop(index)
+        if choice.is_cut:
+            reason = common_pb2.FINISH_REASON_STOP
+        timings = common_pb2.PhaseTimings()
+        timings.CopyFrom(summary.timings)
+        total_s = asyncio.get_running_loop().time() - self._progress.arrival
+        elsewhere_s = timings.queue_s + timings.prefill_s + timings.transfer_s + timings.decode_s
+        timings.gateway_s = max(0.0, total_s - elsewhere_s)
+        usage = common_pb2.Usage(
+            prompt_tokens=self._progress.num_prompt_tokens,
+            completion_tokens=choice.output.num_tokens,
+            cached_tokens=summary.cached_tokens,
+        )
+        handoff = common_pb2.HandoffReport()
+        handoff.CopyFrom(summary.handoff)
+        handoff.decode_worker = handoff.decode_worker or self._stream.worker_id
+        self._progress.outcome = "length" if reason == common_pb2.FINISH_REASON_LENGTH else "stop"
+        if not self._has_summary:
+            self._metrics.handed_over(summary)
+            self._has_summary = True
+        self._metrics.recomputed(summary)
+        is_by_token = reason == common_pb2.FINISH_REASON_STOP and not choice.is_cut
+        return Finished(
+            choice_index=index,
+            finish_reason=reason,
+            usage=usage,
+            handoff=handoff,
+            timings=timings,
+            stop_string=choice.output.stop_string,
+            stop_token_id=choice.output.stop_token_id if is_by_token else None,
+        )
+
+    async def _sum_up(self) -> Mapping[int, decode_pb2.SequenceSummary]:
+        """Cancels a request that has all it needs, and waits, not for long, for what the worker says of each choice."""
+        summaries: dict[int, decode_pb2.SequenceSummary] = {}
+        self._stream.cancel()
+        try:
+            async with asyncio.timeout(SUMMARY_TIMEOUT_S):
+                while not self._open.keys() <= summaries.keys():
+                    event = await self._stream.next()
+                    if event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
+                        summaries[event.choice_index] = event.summary
+        except (TimeoutError, StaffettaError) as error:
+            log.info(
+                "%s: cut by a stop string, without the worker's summary: %s", self._progress.id, type(error).__name__
+            )
+        return summaries
