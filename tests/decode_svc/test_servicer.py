@@ -61,6 +61,19 @@ async def test_a_session_of_a_distant_protocol_is_refused_with_both_versions() -
     assert error.message == "protocol_version is 3 at the peer and 1 here; they may differ by 1"
 
 
+@in_loop
+async def test_a_session_opens_with_the_workers_numerics_and_its_bounds() -> None:
+    async with decode_worker(**ALONE, max_requests=7) as decode, open_channel(decode.address) as channel:
+        call = decode_pb2_grpc.DecodeServiceStub(channel).Session()
+        await call.write(make_open(decode))
+        answer = await call.read()
+        assert isinstance(answer, decode_pb2.DecodeSessionResponse)
+        assert answer.opened.identity == decode.host.rank.identity
+        assert answer.opened.identity.numerics_digest == decode.host.rank.runner.numerics_digest != ""
+        assert answer.opened.max_requests == 7
+        call.cancel()
+
+
 @pytest.mark.parametrize(
     ("second", "told"),
     [

@@ -1,4 +1,4 @@
-"""Log-probabilities of a prompt: each position once and in order, the same bits whoever computes them, cached or not."""
+"""Log-probabilities of a prompt: each position once and in order, with the same bits whoever computes it."""
 
 from collections.abc import Sequence
 
