@@ -39,6 +39,9 @@ class Limits:
     gemm_int8: float
 
 
+_RATES: Final = tuple(field.name for field in dataclasses.fields(Limits) if field.name != "threads")
+
+
 def measure_limits(*, threads: int, seconds: float = 0.5) -> Limits:
     """Measures everything, each probe for about `seconds`. Leaves torch's number of threads at `threads`."""
     words = torch.ones(_READ_BYTES // 8, dtype=torch.int64)
@@ -56,6 +59,12 @@ def measure_limits(*, threads: int, seconds: float = 0.5) -> Limits:
         gemm_bfloat16=_gemm_rate(torch.bfloat16, seconds),
         gemm_int8=_int8_rate(seconds),
     )
+
+
+def best_limits(first: Limits, second: Limits) -> Limits:
+    """The higher of each: what was reached once can be reached."""
+    best = {name: max(getattr(first, name), getattr(second, name)) for name in _RATES}
+    return dataclasses.replace(first, **best)
 
 
 def best_s(function: Callable[[], object], seconds: float) -> float:
