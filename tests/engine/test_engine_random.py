@@ -1,6 +1,7 @@
 """Random histories of a whole engine on a tiny pool, against what a lone run of each request gives."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,8 +11,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from engine.cache.source import AttemptId
 from engine.engine import Engine
-from engine.fake import FakeRunner, FakeSource, expected_tokens
-from engine.request import FinalBlock, FinishReason, Request, RequestId, RequestKind, SampledToken, SequenceOutput
+from engine.fake import FakeRunner, FakeSource, expected_prompt_tokens, expected_tokens
+from engine.request import (
+    FinalBlock,
+    FinishReason,
+    PromptToken,
+    Request,
+    RequestId,
+    RequestKind,
+    SampledToken,
+    SequenceOutput,
+)
+from engine.sequence import SequenceId
+from engine.step import SequenceSlice, SliceResult
 from staffetta.errors import HandoffFailedError, StaffettaError, StepFailedError
 from tests.engine.making import BLOCK_SIZE, make_hasher, make_limits, make_request, make_sampling
 
@@ -20,13 +32,52 @@ NUM_BLOCKS = 7
 
 @dataclass
 class Client:
-    """What whoever sent a request has received."""
+    """What whoever sent a request has received, by choice."""
 
     request: Request
-    tokens: list[SampledToken] = field(default_factory=list)
+    wanted: dict[int, list[SampledToken]] = field(init=False)
+    tokens: dict[int, list[SampledToken]] = field(init=False)
+    endings: dict[int, SequenceOutput] = field(default_factory=dict)
+    credit: dict[int, int] = field(init=False)
+    prompt_tokens: list[PromptToken] = field(default_factory=list)
     blocks: list[FinalBlock] = field(default_factory=list)
-    ending: SequenceOutput | None = None
     is_held: bool = False
+    is_released: bool = False
+
+    def __post_init__(self) -> None:
+        choices = self.request.choices
+        self.wanted = {choice: list(expected_tokens(self.request, choice)) for choice in choices}
+        self.tokens = {choice: [] for choice in choices}
+        self.credit = dict.fromkeys(choices, 10**9 if self.request.credit is None else self.request.credit)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every choice has its ending; a prefill has one for all."""
+        return self.is_released or len(self.endings) == len(self.request.choices)
+
+    def natural_reason(self, choice: int) -> FinishReason:
+        is_stop = self.wanted[choice][-1].token_id in self.request.sampling.stop_token_ids
+        return FinishReason.STOP if is_stop else FinishReason.LENGTH
+
+    def take_first_tokens(self, tokens: Iterable[SampledToken]) -> None:
+        """Delivered elsewhere, and with them whatever the prompt's log-probabilities lacked."""
+        for choice, token in zip(self.request.choices, tokens, strict=True):
+            self.tokens[choice] = [token]
+            assert self.wanted[choice][:1] == [token]
+        self.prompt_tokens = list(expected_prompt_tokens(self.request))
+
+
+class InterruptedRunner(FakeRunner):
+    """Raises KeyboardInterrupt, after it has computed, as often as `num_interrupts` says."""
+
+    num_interrupts = 0
+
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+        results = super().run(slices)
+        if self.num_interrupts:
+            self.num_interrupts -= 1
+            raise KeyboardInterrupt
+        return results
 
 
 class History:
@@ -34,7 +85,7 @@ class History:
 
     def __init__(self, seed: int, *, has_source: bool) -> None:
         self.rng = random.Random(seed)
-        self.runner = FakeRunner(block_size=BLOCK_SIZE)
+        self.runner = InterruptedRunner(block_size=BLOCK_SIZE)
         self.source = FakeSource(self.runner, block_size=BLOCK_SIZE)
         self.engine = Engine(
             self.runner,
@@ -43,17 +94,17 @@ class History:
             limits=make_limits(
                 max_batch_tokens=self.rng.choice([3, 7, 12, 64]),
                 max_sequences=self.rng.choice([1, 3, 8]),
-                max_requests=12,
+                max_requests=16,
                 prefix_caching=self.rng.random() < 0.8,
             ),
             source=self.source if has_source else None,
         )
         self.clients: dict[RequestId, Client] = {}
-        self.failing: set[RequestId] = set()
+        self.failing: set[RequestId | SequenceId] = set()
 
     def make_random_move(self) -> None:
         moves = [self.step] * 8 + [self.add] * 3 + [self.grant] * 2 + [self.release, self.move_source, self.move_source]
-        moves += [self.cancel, self.fail] if self.rng.random() < 0.2 else []
+        moves += [self.cancel, self.fail, self.interrupt] if self.rng.random() < 0.2 else []
         self.rng.choice(moves)()
 
     def add(self) -> None:
@@ -61,25 +112,24 @@ class History:
         shared = rng.randrange(0, 17)
         prompt = (*range(shared), *(rng.randrange(3) for _ in range(rng.randrange(1, 9))))[: 4 * NUM_BLOCKS - 6]
         first = rng.choice([0, 0, 0, min(2, len(prompt))])
+        num_choices = rng.choice([1, 1, 2, 3, 4]) if first == 0 else 1
+        kind = rng.choice([RequestKind.GENERATE, RequestKind.GENERATE, RequestKind.PREFILL])
         request = make_request(
             f"r{len(self.clients)}",
             prompt,
-            kind=rng.choice([RequestKind.GENERATE, RequestKind.GENERATE, RequestKind.PREFILL]),
+            kind=kind,
             sampling=make_sampling(
-                max_tokens=first + rng.randrange(1, 8), min_tokens=rng.randrange(4), stop=frozenset(range(9))
+                max_tokens=first + rng.randrange(1, 8),
+                min_tokens=rng.randrange(4),
+                stop=frozenset(range(9)),
+                num_prompt_logprobs=rng.choice([None, None, 0, 2]),
+                presence_penalty=rng.choice([0.0, 0.5]),
             ),
             priority=rng.choice([0, 0, 1]),
+            credit=rng.randrange(3) if kind is RequestKind.GENERATE and rng.random() < 0.5 else None,
             first_token_index=first,
+            choices=tuple(sorted(rng.sample(range(6), num_choices))),
         )
-        if request.kind is RequestKind.GENERATE and rng.random() < 0.5:
-            request = make_request(
-                request.request_id,
-                prompt,
-                sampling=request.sampling,
-                priority=request.priority,
-                first_token_index=first,
-                credit=rng.randrange(3),
-            )
         before = self.engine.counts()
         try:
             self.engine.add(request)
@@ -90,52 +140,70 @@ class History:
         self.clients[request.request_id] = Client(request)
 
     def live(self) -> list[Client]:
-        return [client for client in self.clients.values() if client.ending is None]
+        return [client for client in self.clients.values() if not client.is_over]
 
     def step(self) -> None:
-        output = self.engine.step()
+        try:
+            output = self.engine.step()
+        except KeyboardInterrupt:
+            self.engine.check_integrity()
+            return
         self.engine.check_integrity()
         if output is None:
             return
-        ids = [each.request_id for each in output.outputs]
+        ids = [(each.request_id, each.choice_index) for each in output.outputs]
         assert len(set(ids)) == len(ids)
         for each in output.outputs:
             self.receive(self.clients[each.request_id], each)
 
     def receive(self, client: Client, output: SequenceOutput) -> None:
-        assert client.ending is None and not client.is_held, f"{output} after the end"
-        assert output.tokens or output.final_blocks or output.finish_reason, f"{output} says nothing"
-        client.tokens += output.tokens
+        request, choice = client.request, output.choice_index
+        assert choice not in client.endings and not client.is_over and not client.is_held, f"{output} after the end"
+        assert output.tokens or output.final_blocks or output.prompt_tokens or output.finish_reason, f"{output} is mute"
+        assert choice == request.choices[0] or not output.prompt_tokens
+        client.prompt_tokens += output.prompt_tokens
+        assert client.prompt_tokens == list(expected_prompt_tokens(request))[: len(client.prompt_tokens)]
         client.blocks += output.final_blocks
-        self.check_tokens(client)
-        # The first token of a hand-off comes whatever the credit; it is the engine's own tokens that wait.
-        assert not output.tokens or client.request.credit is None or len(client.tokens) <= client.request.credit
-        if client.request.kind is RequestKind.PREFILL and output.tokens:
-            client.is_held = True
-            self.check_blocks(client)
-            assert output.finish_reason is None and output.stats is not None
-        elif output.finish_reason is not None:
-            client.ending = output
+        if output.tokens:
+            assert client.prompt_tokens == list(expected_prompt_tokens(request))
+        if request.kind is RequestKind.PREFILL:
+            self.receive_prefill(client, output)
+            return
+        client.tokens[choice] += output.tokens
+        assert client.tokens[choice] == client.wanted[choice][: len(client.tokens[choice])]
+        # First tokens of a hand-off come whatever the credit; it is the engine's own tokens that wait.
+        assert not output.tokens or len(client.tokens[choice]) <= client.credit[choice]
+        if output.finish_reason is not None:
+            client.endings[choice] = output
             self.check_ending(client, output)
 
-    def wanted(self, client: Client) -> list[SampledToken]:
-        return list(expected_tokens(client.request))
-
-    def natural_reason(self, client: Client) -> FinishReason:
-        is_stop = self.wanted(client)[-1].token_id in client.request.sampling.stop_token_ids
-        return FinishReason.STOP if is_stop else FinishReason.LENGTH
-
-    def check_tokens(self, client: Client) -> None:
-        assert client.tokens == self.wanted(client)[: len(client.tokens)]
+    def receive_prefill(self, client: Client, output: SequenceOutput) -> None:
+        assert output.choice_index == client.request.choices[0]
+        if output.tokens:
+            client.is_held = True
+            self.check_blocks(client)
+            assert list(output.tokens) == [client.wanted[choice][0] for choice in client.request.choices]
+            assert output.finish_reason is None and output.stats is not None
+        elif output.finish_reason is not None:
+            client.is_released = True
+            self.check_ending(client, output)
 
     def check_ending(self, client: Client, output: SequenceOutput) -> None:
+        choice = output.choice_index
         assert output.stats is not None
         if output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-            assert client.tokens == self.wanted(client)
-            assert output.finish_reason is self.natural_reason(client)
+            assert client.tokens[choice] == client.wanted[choice]
+            assert output.finish_reason is client.natural_reason(choice)
         elif output.finish_reason is FinishReason.ERROR and not isinstance(output.error, HandoffFailedError):
             assert isinstance(output.error, StepFailedError)
-            assert client.request.request_id in self.failing
+            request_id = client.request.request_id
+            assert not self.failing.isdisjoint({request_id, SequenceId(request_id, choice)} | self.first_names(client))
+
+    def first_names(self, client: Client) -> set[RequestId | SequenceId]:
+        """Before the fork, the first choice's name is that of all."""
+        return (
+            set() if any(client.tokens.values()) else {SequenceId(client.request.request_id, client.request.choices[0])}
+        )
 
     def check_blocks(self, client: Client) -> None:
         prompt = client.request.prompt_token_ids
@@ -149,34 +217,28 @@ class History:
         if self.clients:
             client = self.rng.choice(list(self.clients.values()))
             self.engine.cancel(client.request.request_id)
-            if client.is_held and client.ending is None:
-                client.ending = SequenceOutput(client.request.request_id)
+            client.is_released = client.is_released or client.is_held
             self.engine.check_integrity()
 
     def fail(self) -> None:
         if live := self.live():
-            request_id = self.rng.choice(live).request.request_id
-            self.failing.add(request_id)
-            self.runner.failing.add(request_id)
+            request = self.rng.choice(live).request
+            name = SequenceId(request.request_id, self.rng.choice(request.choices))
+            self.failing.add(name if self.rng.random() < 0.5 else request.request_id)
+            self.runner.failing |= self.failing
+
+    def interrupt(self) -> None:
+        """A step that raises is undone; the next one is as if it had not been. No block is lost or written twice."""
+        self.runner.num_interrupts = 1
 
     def grant(self) -> None:
         if live := [c for c in self.live() if c.request.credit is not None]:
-            self.give(self.rng.choice(live), self.rng.randrange(1, 4))
+            client = self.rng.choice(live)
+            self.give(client, self.rng.choice(client.request.choices), self.rng.randrange(1, 4))
 
-    def give(self, client: Client, num_tokens: int) -> None:
-        self.engine.grant(client.request.request_id, 0, num_tokens)
-        request = client.request
-        assert request.credit is not None
-        client.request = Request(
-            request.request_id,
-            request.kind,
-            request.prompt_token_ids,
-            request.sampling,
-            request.arrival,
-            priority=request.priority,
-            credit=request.credit + num_tokens,
-            first_token_index=request.first_token_index,
-        )
+    def give(self, client: Client, choice: int, num_tokens: int) -> None:
+        self.engine.grant(client.request.request_id, choice, num_tokens)
+        client.credit[choice] += num_tokens
 
     def release(self) -> None:
         if held := [c for c in self.live() if c.is_held]:
@@ -186,7 +248,7 @@ class History:
         self.check_blocks(client)  # nobody wrote into them while they were held
         self.engine.release(client.request.request_id)
         self.engine.release(client.request.request_id)
-        client.ending = SequenceOutput(client.request.request_id)
+        client.is_released = True
         self.engine.check_integrity()
 
     def move_source(self) -> None:
@@ -208,7 +270,9 @@ class History:
             assert attempt.num_landed_tokens <= num_tokens
         if not attempt.has_sent_tokens:
             moves.append("token")
-        if self.rng.random() < 0.15 and not (is_complete and attempt.has_sent_tokens):
+        if self.rng.random() < (0.3 if attempt.has_sent_tokens else 0.15) and not (
+            is_complete and attempt.has_sent_tokens
+        ):
             moves.append("fail")
         return moves
 
@@ -221,29 +285,29 @@ class History:
                 num_tokens = len(attempt.request.prompt_token_ids)
                 self.source.land(attempt_id, self.rng.randint(attempt.num_landed_tokens, num_tokens))
             case "token":
-                self.deliver_first_token(attempt_id)
+                self.deliver_first_tokens(attempt_id)
             case "fail":
                 error = HandoffFailedError("forbidden to recompute") if self.rng.random() < 0.2 else None
                 self.source.fail(attempt_id, error)
             case "quiesce":
                 self.source.quiesce(attempt_id)
 
-    def deliver_first_token(self, attempt_id: AttemptId) -> None:
-        """The client has the token at once, unless an earlier attempt brought it."""
-        (token,) = self.source.send_first_tokens(attempt_id)
+    def deliver_first_tokens(self, attempt_id: AttemptId) -> None:
+        """The client has the tokens at once, unless an earlier attempt brought them."""
+        tokens = self.source.send_first_tokens(attempt_id)
         client = self.clients[self.source.attempts[attempt_id].request.request_id]
-        if client.ending is None and not client.tokens:
-            client.tokens.append(token)
-            assert client.tokens == self.wanted(client)[:1]
+        if not client.is_over and not any(client.tokens.values()):
+            client.take_first_tokens(tokens)
 
     def settle(self) -> None:
         """Everything goes well from now on: every request must come to its end, and every block back."""
-        for _ in range(600):
+        for _ in range(900):
             for client in self.live():
                 if client.is_held:
                     self.let_go(client)
                 elif client.request.credit is not None:
-                    self.give(client, 3)
+                    for choice in client.request.choices:
+                        self.give(client, choice, 3)
             for attempt in list(self.source.attempts.values()):
                 moves = [move for move in self.legal_moves(attempt.attempt_id) if move != "fail"]
                 if moves:
@@ -296,7 +360,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.history.rng.seed(seed)
         self.history.move_source()
 
-    @rule(seed=st.integers(0, 2**16), move=st.sampled_from(["grant", "release", "cancel", "fail"]))
+    @rule(seed=st.integers(0, 2**16), move=st.sampled_from(["grant", "release", "cancel", "fail", "interrupt"]))
     def command(self, seed: int, move: str) -> None:
         self.history.rng.seed(seed)
         getattr(self.history, move)()

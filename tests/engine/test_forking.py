@@ -291,7 +291,7 @@ def test_what_the_prompt_cost_is_told_by_every_choice_alike() -> None:
 
 
 def test_a_preempted_choice_is_recomputed_alone_and_says_so() -> None:
-    engine, runner = make_recorded(num_blocks=6)
+    engine, _ = make_recorded(num_blocks=6)
     request = make_request("a", range(6), choices=THREE, sampling=make_sampling(max_tokens=12))
     engine.add(request)
     outputs = run_choices(engine)

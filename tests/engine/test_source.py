@@ -4,10 +4,13 @@ import pytest
 
 from engine.cache.source import AttemptId, KVFirstTokens, KVLanded, KVQuiesced, KVReady
 from engine.engine import Engine
-from engine.fake import FakeSource, expected_tokens
+from engine.fake import FakeRunner, FakeSource, expected_tokens
 from engine.request import FinishReason, Request, RequestId, SampledToken
+from engine.step import BlockCopy
 from staffetta.errors import HandoffFailedError, InternalError
 from tests.engine.making import (
+    BLOCK_SIZE,
+    RecordingRunner,
     make_engine_with_source,
     make_hasher,
     make_limits,
@@ -15,8 +18,10 @@ from tests.engine.making import (
     make_request,
     make_sampling,
     reason,
+    run_choices,
     run_to_end,
     step,
+    step_choices,
     token_ids,
 )
 
@@ -423,3 +428,209 @@ def test_prefills_are_never_asked_about() -> None:
     engine.add(make_prefill("p", range(6)))
     run_to_end(engine)
     assert source.lookups == []
+
+
+THREE = (0, 1, 2)
+
+
+def make_three(*, stop_of: int | None = None, max_tokens: int = 5, credit: int | None = None) -> Request:
+    """Three choices of a prompt of ten tokens; the first token of choice `stop_of` ends it."""
+    free = make_request("a", range(10), choices=THREE)
+    stop = frozenset() if stop_of is None else frozenset({expected_tokens(free, stop_of)[0].token_id})
+    sampling = make_sampling(max_tokens=max_tokens, stop=stop)
+    return make_request("a", range(10), choices=THREE, sampling=sampling, credit=credit)
+
+
+def wanted_of(request: Request, choice: int) -> list[int]:
+    return [token.token_id for token in expected_tokens(request, choice)]
+
+
+def test_one_hand_off_brings_the_kv_of_all_choices_and_their_first_tokens() -> None:
+    runner = RecordingRunner()
+    engine, source = make_engine_and_source(runner)
+    request = make_three()
+    begin(engine, request)
+    grant(engine, source)
+    source.land(FIRST, 10)
+    assert run_choices(engine) == {}  # the first tokens are not drawn here
+    source.send_first_tokens(FIRST)
+    outputs = run_choices(engine)
+    for choice in THREE:
+        assert token_ids(outputs["a", choice]) == wanted_of(request, choice)[1:]
+    assert [each.copy for each in runner.slices[:3]] == [BlockCopy(2, 3), BlockCopy(2, 4), None]  # type: ignore[arg-type]
+    assert len(source.attempts) == 1
+    assert_all_blocks_back(engine)
+
+
+def make_engine_and_source(
+    runner: FakeRunner, *, max_attempts: int = 3, num_blocks: int = 32
+) -> tuple[Engine, FakeSource]:
+    source = FakeSource(runner, block_size=BLOCK_SIZE, max_attempts=max_attempts)
+    limits = make_limits()
+    return Engine(runner, num_blocks=num_blocks, hasher=make_hasher(), limits=limits, source=source), source
+
+
+@pytest.mark.parametrize("moment", ["begun", "ready", "granted", "part landed"])
+def test_choices_wait_together_for_their_kv_when_their_first_tokens_come_before_it(moment: str) -> None:
+    engine, _, source = make_engine_with_source()
+    request = make_three()
+    begin(engine, request)
+    for name, move in (
+        ("begun", lambda: None),
+        ("ready", lambda: source.ready(FIRST)),
+        ("granted", lambda: step(engine)),
+        ("part landed", lambda: source.land(FIRST, 6)),
+    ):
+        move()
+        if name == moment:
+            source.send_first_tokens(FIRST)
+    step(engine)
+    source.land(FIRST, 10)
+    outputs = run_choices(engine)
+    assert {key: token_ids(each) for key, each in outputs.items()} == {
+        ("a", choice): wanted_of(request, choice)[1:] for choice in THREE
+    }
+
+
+def test_a_choice_that_its_first_token_ends_ends_at_once_and_the_others_go_on() -> None:
+    engine, _, source = make_engine_with_source()
+    request = make_three(stop_of=1)
+    begin(engine, request)
+    source.send_first_tokens(FIRST)
+    outputs = step_choices(engine)
+    assert {key: (each.tokens, each.finish_reason) for key, each in outputs.items()} == {
+        ("a", 1): ((), FinishReason.STOP)
+    }
+    assert outputs["a", 1].stats is not None and not source.attempts[FIRST].is_over
+    grant(engine, source)
+    source.land(FIRST, 10)
+    rest = run_choices(engine)
+    assert {key: token_ids(each) for key, each in rest.items()} == {
+        ("a", choice): wanted_of(request, choice)[1:] for choice in (0, 2)
+    }
+    assert_all_blocks_back(engine)
+
+
+def test_when_first_tokens_end_all_choices_the_attempt_is_given_up() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_three(stop_of=2, max_tokens=1))
+    grant(engine, source)
+    source.send_first_tokens(FIRST)
+    source.fail(FIRST, HandoffFailedError("too late"))
+    outputs = step_choices(engine)
+    assert [(key, each.finish_reason) for key, each in outputs.items()] == [
+        (("a", 0), FinishReason.LENGTH),
+        (("a", 1), FinishReason.LENGTH),
+        (("a", 2), FinishReason.STOP),
+    ]
+    assert source.attempts[FIRST].is_over and not engine.has_work()
+    assert engine.counts().quarantined_blocks == 3
+    source.quiesce(FIRST)
+    step(engine)
+    assert_all_blocks_back(engine)
+
+
+def test_an_error_ends_the_choices_that_their_first_tokens_did_not() -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_three(stop_of=0))
+    source.send_first_tokens(FIRST)
+    source.fail(FIRST, HandoffFailedError("recomputing is forbidden"))
+    outputs = step_choices(engine)
+    assert {key: each.finish_reason for key, each in outputs.items()} == {
+        ("a", 0): FinishReason.STOP,
+        ("a", 1): FinishReason.ERROR,
+        ("a", 2): FinishReason.ERROR,
+    }
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize("num_landed", [0, 6])
+def test_first_tokens_that_are_known_are_drawn_again_and_told_to_nobody(num_landed: int) -> None:
+    runner = RecordingRunner()
+    engine, source = make_engine_and_source(runner, max_attempts=1)
+    request = make_three(stop_of=1, credit=1)
+    begin(engine, request)
+    grant(engine, source)
+    source.send_first_tokens(FIRST)
+    if num_landed:
+        source.land(FIRST, num_landed)
+    source.fail(FIRST)
+    source.quiesce(FIRST)
+    outputs = run_choices(engine)
+    assert source.lookups[-1] == ("a", num_landed // 4 * 4, 11)
+    assert [(key, token_ids(each)) for key, each in outputs.items()] == [(("a", 1), [])]
+    draw = runner.slices[-1].draw
+    assert draw is not None and (draw.output_index, draw.choices) == (0, THREE)
+    for choice in THREE:
+        engine.grant(RequestId("a"), choice, 10)
+    rest = run_choices(engine)
+    assert {key: token_ids(each) for key, each in rest.items()} == {
+        ("a", choice): wanted_of(request, choice)[1:] for choice in (0, 2)
+    }
+    assert_all_blocks_back(engine)
+
+
+def test_grants_before_the_fork_count_for_their_choice() -> None:
+    engine, _, source = make_engine_with_source()
+    request = make_three(credit=1)
+    begin(engine, request)
+    engine.grant(RequestId("a"), 2, 2)
+    grant(engine, source)
+    source.land(FIRST, 10)
+    source.send_first_tokens(FIRST)
+    outputs = run_choices(engine)
+    assert {key: token_ids(each) for key, each in outputs.items()} == {("a", 2): wanted_of(request, 2)[1:3]}
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        (),
+        (SampledToken(0, 1), SampledToken(0, 2)),
+        (SampledToken(0, 1), SampledToken(0, 2), SampledToken(1, 3)),
+        (SampledToken(0, 1),) * 4,
+    ],
+    ids=["none", "one lacks", "another position", "one too many"],
+)
+def test_first_tokens_that_do_not_fit_the_choices_end_the_request(tokens: tuple[SampledToken, ...]) -> None:
+    engine, _, source = make_engine_with_source()
+    begin(engine, make_three())
+    source._tell(KVFirstTokens(FIRST, tokens))
+    outputs = step_choices(engine)
+    assert {key: type(each.error) for key, each in outputs.items()} == {
+        ("a", choice): InternalError for choice in THREE
+    }
+    assert source.attempts[FIRST].is_over
+    assert_all_blocks_back(engine)
+
+
+@pytest.mark.parametrize("stage", ["new", "begun", "ready", "granted", "part landed", "tokens", "forked"])
+def test_a_cancel_of_three_choices_at_any_stage_gives_three_endings_and_every_block_back(stage: str) -> None:
+    engine, _, source = make_engine_with_source(num_blocks=5)
+    engine.add(make_three())
+    for name, move in (
+        ("new", lambda: None),
+        ("begun", lambda: step(engine)),
+        ("ready", lambda: source._tell(KVReady(FIRST))),
+        ("granted", lambda: step(engine)),
+        ("part landed", lambda: land(engine, source, 5)),
+        ("tokens", lambda: source.send_first_tokens(FIRST)),
+        ("forked", lambda: source.land(FIRST, 10)),
+    ):
+        move()
+        if name == stage:
+            break
+    if stage in ("tokens", "forked"):
+        engine.step()
+    engine.cancel(RequestId("a"))
+    engine.cancel(RequestId("a"))
+    engine.check_integrity()
+    outputs = step_choices(engine)
+    assert {key: each.finish_reason for key, each in outputs.items()} == {
+        ("a", choice): FinishReason.CANCELLED for choice in THREE
+    }
+    if engine.counts().quarantined_blocks:
+        source.quiesce(FIRST)
+        step(engine)
+    assert_all_blocks_back(engine)
+    assert engine.step() is None
