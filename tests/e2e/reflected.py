@@ -3,7 +3,9 @@
 What works here works with grpcurl and with any generated client; no stub of this project is imported.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -18,6 +20,15 @@ from tests.e2e.answers import Answer, Handoff
 SERVICE: Final = "staffetta.v1.InferenceService"
 
 _FINISH_REASONS: Final = {1: "stop", 2: "length", 3: "cancelled", 4: "error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """All choices of one generation, in order, and its prompt's log-probabilities, if asked for, from position 1 on."""
+
+    answers: tuple[Answer, ...]
+    seed: int
+    prompt_logprobs: tuple[float, ...]
 
 
 class ReflectedClient:
@@ -50,22 +61,40 @@ class ReflectedClient:
         )(request_class(**fields), timeout=timeout_s)
 
     async def generate(self, *, timeout_s: float = 60.0, **fields: object) -> Answer:
+        """Runs one generation of a single choice to its end."""
+        (answer,) = (await self.generate_choices(timeout_s=timeout_s, **fields)).answers
+        return answer
+
+    async def generate_choices(self, *, timeout_s: float = 60.0, **fields: object) -> Choices:
         """Runs one generation to its end. Raises AssertionError when the order of events or of tokens is broken."""
-        deltas: list[Any] = []
+        deltas: defaultdict[int, list[Any]] = defaultdict(list)
+        finished: dict[int, Any] = {}
+        scores: list[Any] = []
         started: Any = None
-        finished: Any = None
         async for response in self.call("Generate", timeout_s=timeout_s, **fields):
             kind = response.WhichOneof("event")
-            assert finished is None, f"{kind} came after the end"
             assert (started is None) == (kind == "started"), f"{kind} is out of order"
             if kind == "started":
                 started = response.started
-            elif kind == "delta":
-                deltas.append(response.delta)
+            elif kind == "prompt_logprobs":
+                assert not deltas, "the prompt's log-probabilities came after output"
+                scores.extend(response.prompt_logprobs.tokens)
             else:
-                finished = response.finished
-        assert finished is not None, "the stream ended without an end"
-        return make_answer(started, deltas, finished)
+                event = getattr(response, kind)
+                assert event.choice_index not in finished, f"{kind} came after the end"
+                if kind == "delta":
+                    deltas[event.choice_index].append(event)
+                else:
+                    finished[event.choice_index] = event
+        assert sorted(finished) == list(range(len(finished))) != [], f"the choices that ended are {sorted(finished)}"
+        assert deltas.keys() <= finished.keys(), "a choice has no end"
+        positions = [token.index for token in scores]
+        assert positions == list(range(1, 1 + len(scores))), f"positions are {positions}"
+        return Choices(
+            answers=tuple(make_answer(started, deltas[index], finished[index]) for index in sorted(finished)),
+            seed=started.seed,
+            prompt_logprobs=tuple(token.logprob for token in scores),
+        )
 
 
 def make_answer(started: Any, deltas: Sequence[Any], finished: Any) -> Answer:

@@ -92,7 +92,7 @@ def test_a_stop_string_cuts_the_text_before_it(rest: openai.OpenAI) -> None:
     )
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
-    assert cut.staffetta["stop_string"] == stop
+    assert cut.choices[0].stop_reason == stop
 
 
 def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(rest: openai.OpenAI) -> None:
