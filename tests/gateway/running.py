@@ -7,11 +7,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec
 
+import grpc.aio
 import httpx
 
 from gateway.app import Gateway
 from gateway.model import Model, load_model
 from staffetta.config.schema import GatewayConfig
+from staffetta.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from tests.gateway.fakes import CLUSTER_KEY, HEARTBEAT_S, FakeDecodeWorker
 
 P = ParamSpec("P")
@@ -41,6 +43,17 @@ def demo_model() -> Model:
 def ids_of(text: str) -> list[int]:
     """Token ids that decode to `text`."""
     return demo_model().text.encode(text)
+
+
+def play(worker: FakeDecodeWorker, *texts: str) -> None:
+    """What the choices answer, in order."""
+    worker.replies = {choice: ids_of(text) for choice, text in enumerate(texts)}
+
+
+def generate(channel: grpc.aio.Channel, text: str = "x", **sampling: Any) -> Any:
+    """A call of Generate, with sampling parameters by name."""
+    request = inference_pb2.GenerateRequest(text=text, sampling=common_pb2.SamplingParams(**sampling))
+    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
 
 
 async def eventually(condition: Callable[[], bool]) -> None:

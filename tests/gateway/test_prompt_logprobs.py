@@ -9,9 +9,9 @@ import pytest
 
 from gateway.openai_logprobs import LEAST_LOGPROB, TextLogprobs, prompt_logprobs
 from gateway.router import Demand, Refusal, Route, Snapshot, choose
-from staffetta.v1 import common_pb2, decode_pb2, inference_pb2, inference_pb2_grpc
+from staffetta.v1 import common_pb2, decode_pb2
 from tests.gateway.fakes import make_token
-from tests.gateway.running import Running, asynchronous, demo_model, eventually, ids_of, running
+from tests.gateway.running import Running, asynchronous, demo_model, eventually, generate, ids_of, running
 from tests.gateway.test_rest import CHAT, HI, PLAIN, client_of, events_of
 
 A, B = (ids_of(letter)[0] for letter in "ab")
@@ -23,11 +23,6 @@ BOS, EOS = 1, 2
 
 def text_of(token_id: int) -> str:
     return demo_model().text.token_text(token_id)
-
-
-def generate(channel: grpc.aio.Channel, **sampling: Any) -> Any:
-    request = inference_pb2.GenerateRequest(text=TEXT, sampling=common_pb2.SamplingParams(**sampling))
-    return inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
 
 
 @asynchronous
@@ -201,7 +196,7 @@ async def test_a_prompt_of_one_token_has_one_position_without_a_log_probability(
 @asynchronous
 async def test_a_grpc_client_gets_them_in_parts_before_any_output() -> None:
     async with running(reply=None) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
-        events = aiter(generate(channel, n=2, prompt_logprobs=1))
+        events = aiter(generate(channel, TEXT, n=2, prompt_logprobs=1))
         assert (await anext(events)).WhichOneof("event") == "started"
         request_id = (await it.worker.starts.get()).request_id
         it.worker.score(request_id, range(1, 3), num_logprobs=1)
@@ -220,7 +215,7 @@ async def test_a_grpc_client_gets_them_in_parts_before_any_output() -> None:
 @asynchronous
 async def test_they_may_come_with_the_first_token() -> None:
     async with running(reply=None) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
-        call = generate(channel, prompt_logprobs=0)
+        call = generate(channel, TEXT, prompt_logprobs=0)
         request_id = (await it.worker.starts.get()).request_id
         event = decode_pb2.SequenceEvent(request_id=request_id, tokens=[make_token(0, A)], finish_reason=LENGTH)
         event.prompt_tokens.extend(make_token(at, IDS[at], num_logprobs=0) for at in range(1, len(IDS)))
@@ -269,7 +264,7 @@ async def test_the_prefix_cache_is_not_a_reason_to_choose_a_worker_that_must_not
 
 async def lose_after_scores(it: Running, channel: grpc.aio.Channel, *, other_digest: str) -> list[str]:
     """The kinds of events, or the reason of failure, when a worker is lost after the client has scores of it."""
-    events = aiter(generate(channel, prompt_logprobs=0))
+    events = aiter(generate(channel, TEXT, prompt_logprobs=0))
     kinds = [(await anext(events)).WhichOneof("event")]
     request_id = (await it.worker.starts.get()).request_id
     it.worker.score(request_id, range(1, 3))

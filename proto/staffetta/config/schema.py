@@ -129,7 +129,9 @@ class GatewayConfig(ModelConfig):
 
     http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
     grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door and the registry", form="address")
-    max_requests: int = setting(4096, "requests in flight; beyond it they are refused with a retry hint", minimum=1)
+    max_requests: int = setting(
+        4096, "requests in flight, each choice counted; beyond it they are refused with a retry hint", minimum=1
+    )
     max_body_bytes: int = setting(4 * 2**20, "bytes of a request body", form="bytes", minimum=1)
     credit_tokens: int = setting(256, "tokens a worker may produce ahead of a client that does not read", minimum=1)
     start_timeout_s: float = setting(30.0, "seconds a request waits for a worker when none is registered")
