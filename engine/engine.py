@@ -106,7 +106,7 @@ class Engine:
         if tokens < 0:
             raise InvalidRequestError(f"a grant of {tokens} tokens: 0 is the least", param="tokens")
         for sequence in self._live.of(request_id):
-            if choice_index in sequence.open_choices:
+            if choice_index in sequence.choices:
                 sequence.grant(choice_index, tokens)
 
     def has_work(self) -> bool:

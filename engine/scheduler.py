@@ -81,9 +81,8 @@ class Scheduler:
             index = bisect.bisect_left(queue, sequence.order, key=_order)
             if index < len(queue) and queue[index] is sequence:
                 del queue[index]
-        if self._queued.get(sequence.sequence_id) is sequence:
-            del self._queued[sequence.sequence_id]
-            self._num_held_tokens.pop(sequence.sequence_id, None)
+        self._queued.pop(sequence.sequence_id, None)
+        self._num_held_tokens.pop(sequence.sequence_id, None)
 
     def snapshot(self, *, num_granted: int) -> Snapshot:
         """What `schedule` decides from."""

@@ -38,7 +38,8 @@ class KVReady:
 class KVFirstTokens:
     """The first generated token of every choice is known. The client has them already; the engine must not emit them.
 
-    `tokens` are in the order of the request's choices. When each ends its choice, nothing needs to land.
+    `tokens` are in the order of the request's choices. When each ends its choice, nothing needs to land. When the
+    request wants its prompt's log-probabilities, the client has been sent all of them before.
     """
 
     attempt_id: AttemptId

@@ -302,6 +302,23 @@ def test_a_preempted_choice_is_recomputed_alone_and_says_so() -> None:
     assert {each.num_local_prompt_tokens for each in stats} == {6}
 
 
+def test_what_happened_before_the_fork_is_told_by_every_choice_and_what_came_after_by_one() -> None:
+    engine, _ = make_engine(limits=make_limits(max_batch_tokens=4, prefix_caching=False))
+    request = make_request("a", range(6), choices=THREE)
+    engine.add(request)
+    step_choices(engine)
+    engine._scheduler._preempt(engine._live.of(RequestId("a"))[0])
+    step_choices(engine)
+    collected = {key: [output] for key, output in step_choices(engine).items()}
+    engine._scheduler._preempt(engine._live.of(RequestId("a"))[2])
+    for key, more in run_choices(engine).items():
+        collected[key] += more
+    assert_as_wanted(request, collected)
+    stats = [stats_of(collected["a", choice]) for choice in THREE]
+    assert [(each.num_preemptions, each.num_recomputed_tokens) for each in stats] == [(1, 4), (1, 4), (2, 10)]
+    assert [each.num_local_prompt_tokens for each in stats] == [6, 6, 6]
+
+
 def test_a_single_choice_takes_back_all_that_its_siblings_hold_when_it_must() -> None:
     # Five blocks are just what one choice needs in the end.
     engine, _ = make_recorded(num_blocks=5, prefix_caching=False)

@@ -7,6 +7,7 @@ from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
 from engine.engine import Engine
 from engine.fake import FakeRunner, expected_tokens
+from engine.forking import first_outputs, fork
 from engine.planning import EngineLimits, PlannedSlice, StepPlan
 from engine.request import Request, RequestId, RequestKind, SampledToken
 from engine.scheduler import Scheduler, SliceOutcome
@@ -240,7 +241,7 @@ class Books:
         self.prefix = PrefixCache(self.pool)
         self.scheduler = Scheduler(self.pool, self.prefix, limits or make_limits(), clock=lambda: 0.0)
         self.runner = FakeRunner(block_size=BLOCK_SIZE)
-        self.tokens: dict[str, list[SampledToken]] = {}
+        self.tokens: dict[SequenceId, list[SampledToken]] = {}
 
     def add(self, request: Request) -> Sequence:
         sequence = Sequence(request, make_hasher(), BlockLease(self.pool), 0.0)
@@ -252,12 +253,19 @@ class Books:
 
     def commit(self, outcomes: list[SliceOutcome]) -> None:
         for sequence, outcome in self.scheduler.commit(outcomes):
-            for token in () if isinstance(outcome, StepFailedError) else outcome.tokens:
-                self.tokens.setdefault(sequence.request_id, []).append(token)
-                if sequence.append(token, now=0.0) is not None:
-                    self.scheduler.remove(sequence)
-                    sequence.release_blocks()
-                    sequence.state = SequenceState.FINISHED
+            tokens = () if isinstance(outcome, StepFailedError) else outcome.tokens
+            for choice, token in zip(sequence.choices, tokens, strict=bool(tokens)):
+                self.tokens.setdefault(SequenceId(sequence.request_id, choice), []).append(token)
+            if tokens and sequence.is_unforked:
+                sequence.learn_first_tokens(tokens, now=0.0)
+                first_outputs(sequence, (), now=0.0)
+                self.scheduler.remove(sequence)
+                for each in fork(sequence):
+                    self.scheduler.start(each)
+            elif tokens and sequence.append(tokens[0], now=0.0) is not None:
+                self.scheduler.remove(sequence)
+                sequence.release_blocks()
+                sequence.state = SequenceState.FINISHED
 
 
 def test_scheduling_changes_nothing_and_gives_the_same_plan_again() -> None:
@@ -297,13 +305,28 @@ def test_what_a_plan_gave_a_victim_goes_to_others_in_the_same_plan() -> None:
     ]
 
 
-@pytest.mark.parametrize("num_blocks", [6, 16])
-def test_each_step_may_be_planned_while_the_one_before_runs(num_blocks: int) -> None:
-    books = Books(num_blocks=num_blocks, limits=make_limits(max_batch_tokens=6))
+def test_a_sequence_that_is_about_to_fork_is_nobodys_victim() -> None:
+    books = Books(num_blocks=4)
+    books.add(make_request("early", range(8), sampling=make_sampling(max_tokens=3)))
+    books.add(make_request("late", range(20, 26), choices=(0, 1)))
+    slices = books.scheduler.apply(books.plan())
+    assert books.plan() == StepPlan()  # its blocks will be those of two forks when this plan is carried out
+    books.commit([*books.runner.run(slices)])
+    plan = books.plan()
+    assert plan.preempted == (("late", 1), ("late", 0))
+    assert [(part.sequence_id, part.num_new_blocks) for part in plan.slices] == [(("early", 0), 1)]
+
+
+@pytest.mark.parametrize("num_blocks", [6, 7, 8, 16])
+@pytest.mark.parametrize("max_batch_tokens", [6, 20])
+def test_each_step_may_be_planned_while_the_one_before_runs(num_blocks: int, max_batch_tokens: int) -> None:
+    books = Books(num_blocks=num_blocks, limits=make_limits(max_batch_tokens=max_batch_tokens))
     requests = [
         make_request("a", range(9), sampling=make_sampling(max_tokens=8)),
         make_request("b", range(30, 35), sampling=make_sampling(max_tokens=9, stop=frozenset(range(0, 64, 3)))),
         make_request("c", range(9), sampling=make_sampling(max_tokens=1)),
+        make_request("d", range(20, 26), sampling=make_sampling(max_tokens=7), choices=(0, 1, 2), priority=1),
+        make_request("e", range(40, 49), sampling=make_sampling(max_tokens=4), choices=(0, 3)),
     ]
     sequences = [books.add(request) for request in requests]
     plan = books.plan()
@@ -313,8 +336,12 @@ def test_each_step_may_be_planned_while_the_one_before_runs(num_blocks: int) -> 
         books.commit([*books.runner.run(slices)])
         books.pool.check_integrity()
         books.scheduler.check_integrity()
-    assert [sequence.state for sequence in sequences] == [SequenceState.FINISHED] * 3
-    assert books.tokens == {request.request_id: list(expected_tokens(request)) for request in requests}
+    assert [sequence.state for sequence in sequences] == [SequenceState.FINISHED] * 5
+    assert books.tokens == {
+        SequenceId(request.request_id, choice): list(expected_tokens(request, choice))
+        for request in requests
+        for choice in request.choices
+    }
     assert books.pool.counts().held == 0
 
 
@@ -323,7 +350,8 @@ def test_a_sequence_whose_last_token_is_being_drawn_is_not_planned_again() -> No
     books.add(make_request("a", range(3), sampling=make_sampling(max_tokens=1)))
     books.add(make_request("p", range(3), kind=RequestKind.PREFILL))
     books.add(make_request("credit", range(3), credit=1))
-    assert len(books.scheduler.apply(books.plan())) == 3
+    books.add(make_request("unforked", range(3), choices=(0, 1)))
+    assert len(books.scheduler.apply(books.plan())) == 4
     assert books.plan() == StepPlan()
 
 

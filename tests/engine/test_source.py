@@ -548,7 +548,7 @@ def test_an_error_ends_the_choices_that_their_first_tokens_did_not() -> None:
 def test_first_tokens_that_are_known_are_drawn_again_and_told_to_nobody(num_landed: int) -> None:
     runner = RecordingRunner()
     engine, source = make_engine_and_source(runner, max_attempts=1)
-    request = make_three(stop_of=1, credit=1)
+    request = make_three(stop_of=1, credit=0)
     begin(engine, request)
     grant(engine, source)
     source.send_first_tokens(FIRST)
