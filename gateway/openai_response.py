@@ -8,6 +8,7 @@ servers of open models gave it.
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Final
 
 from gateway.openai_logprobs import Json, TextLogprobs, chat_logprobs, prompt_logprobs
@@ -116,15 +117,15 @@ class Shape(ABC):
     def _ids(self, tokens: Sequence[common_pb2.Token]) -> Json:
         return {"token_ids": [token.token_id for token in tokens]} if tokens and self._parsed.has_token_ids else {}
 
-    def _prompt_ids(self) -> Json:
-        return {"prompt_token_ids": list(self._started.prompt_token_ids)} if self._parsed.has_token_ids else {}
-
-    def _prompt_logprobs(self) -> Json:
-        """What the request asked for by that name; there may be more for `echo`."""
-        num_top = self._parsed.num_prompt_logprobs
-        if num_top is None:
-            return {}
-        return {"prompt_logprobs": prompt_logprobs(self._text, self._prompt_tokens, num_top=num_top)}
+    @cached_property
+    def _about_prompt(self) -> Json:
+        """The prompt's token ids and log-probabilities, as far as asked for. Whole when the first output has come."""
+        about: Json = {}
+        if self._parsed.has_token_ids:
+            about["prompt_token_ids"] = list(self._started.prompt_token_ids)
+        if (num_top := self._parsed.num_prompt_logprobs) is not None:
+            about["prompt_logprobs"] = prompt_logprobs(self._text, self._prompt_tokens, num_top=num_top)
+        return about
 
 
 class ChatShape(Shape):
@@ -139,13 +140,13 @@ class ChatShape(Shape):
         """The chunks that open each choice with the role."""
         delta: Json = {"role": "assistant", "content": ""}
         return [
-            self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}) | self._prompt_ids()
+            self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}) | self._about_prompt
             for index in range(self._num_choices)
         ]
 
     def whole(self, deltas: Sequence[Delta], finished: Sequence[Finished]) -> Json:
         """The answer in one piece; the prompt is not a choice's."""
-        return super().whole(deltas, finished) | self._prompt_ids() | self._prompt_logprobs()
+        return super().whole(deltas, finished) | self._about_prompt
 
     def _delta_choice(self, delta: Delta) -> Json:
         content: Json = {"content": delta.text} if delta.text or delta.tokens else {}
@@ -183,7 +184,7 @@ class CompletionShape(Shape):
         if not self._parsed.has_echo and not self._parsed.has_token_ids:
             return []
         return [
-            self._chunk(self._choice(self._echo(index)) | {"finish_reason": None} | self._prompt_ids())
+            self._chunk(self._choice(self._echo(index)) | {"finish_reason": None} | self._about_prompt)
             for index in range(self._num_choices)
         ]
 
@@ -193,7 +194,7 @@ class CompletionShape(Shape):
     def _whole_choice(self, output: Delta) -> Json:
         shown = output if self._parsed.has_output else Delta(output.choice_index, "", ())
         echoed = _joined(output.choice_index, (self._echo(output.choice_index), shown))
-        return self._choice(echoed) | self._ids(shown.tokens) | self._prompt_ids() | self._prompt_logprobs()
+        return self._choice(echoed) | self._ids(shown.tokens) | self._about_prompt
 
     def _choice(self, output: Delta) -> Json:
         lists = self._lists[output.choice_index].take(output.tokens) if self._has_logprobs and output.tokens else None

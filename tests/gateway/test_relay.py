@@ -5,7 +5,7 @@ import asyncio
 import grpc.aio
 import pytest
 
-from staffetta.errors import InternalError, QueueFullError, StepFailedError
+from staffetta.errors import QueueFullError, StepFailedError
 from staffetta.rpc.status import failure_of
 from staffetta.v1 import common_pb2, decode_pb2
 from tests.gateway.running import asynchronous, eventually, generate, ids_of, play, running
@@ -113,7 +113,10 @@ async def test_an_error_of_one_choice_ends_the_request_and_cancels_the_others() 
 
 @pytest.mark.parametrize("choice", [1, 2])
 @asynchronous
-async def test_news_of_a_choice_that_has_ended_or_was_not_asked_for_ends_the_request(choice: int) -> None:
+async def test_news_of_a_choice_that_has_ended_or_was_not_asked_for_ends_the_request(
+    choice: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "gateway.servicer")
     async with running(reply=None) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
         events = aiter(generate(channel, n=2))
         await anext(events)
@@ -124,7 +127,8 @@ async def test_news_of_a_choice_that_has_ended_or_was_not_asked_for_ends_the_req
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await anext(events)
     assert failed.value.code() is grpc.StatusCode.INTERNAL
-    assert InternalError.reason in str(failed.value.trailing_metadata())
+    told = f"news came of choice {choice}, which has ended or was not asked for"
+    assert [message.endswith(told) for message in caplog.messages] == [True]
 
 
 @asynchronous
