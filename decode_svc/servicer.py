@@ -223,7 +223,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _grant(self, session: GatewaySession, grant: decode_pb2.Grant) -> None:
         request_id = RequestId(grant.request_id)
-        if request_id in session.request_ids and grant.choice_index in self._active[request_id].choices:
+        if request_id in session.request_ids:
             choice_index, tokens = grant.choice_index, grant.tokens
             self._rank.engine_thread.submit(lambda engine: engine.grant(request_id, choice_index, tokens))
 

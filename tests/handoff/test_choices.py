@@ -5,12 +5,15 @@ What a decode worker computes alone is the reference, bit for bit, log-probabili
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from decode_svc.main import DecodeService
+from engine.request import RequestId, SampledToken, SequenceOutput, StepOutput
 from staffetta.v1 import common_pb2, decode_pb2
 from tests.handoff.cluster import (
+    VOCAB_SIZE,
     Answer,
     Client,
     client_of,
@@ -21,6 +24,7 @@ from tests.handoff.cluster import (
     until_counts,
     until_idle,
 )
+from tests.handoff.test_failures import outcomes
 from tests.rpc.in_loop import in_loop, until
 
 PROMPT = make_prompt(100, seed=1)
@@ -240,6 +244,17 @@ async def test_a_worker_is_full_by_choices() -> None:
         await until_idle(decode)
 
 
+@in_loop
+async def test_choices_whose_prompt_is_not_whole_count_as_well() -> None:
+    async with decode_worker(local_prefill="auto", max_requests=4) as decode, client_of(decode) as client:
+        held = client.start(PROMPT[:50], sampling=DRAWN, num_prompt_tokens=100)
+        refused = await client.ask(PROMPT[:50], sampling=changed(DRAWN, n=2), num_prompt_tokens=100)
+        assert refused.failure.message == "5 choices would be held here, 4 may be; retry later"
+        client.cancel(held)
+        await held.ended()
+        await until_idle(decode)
+
+
 # Credit
 
 
@@ -294,7 +309,7 @@ async def test_a_hand_off_that_fails_after_the_first_tokens_sends_none_twice() -
         await answer.ended()
         prefill.faults.release()
         await until_idle(prefill, decode)
-        assert decode.handoffs() == {("pulling", "failed"): 1}
+        assert outcomes(decode) == {"failed": 1}
     assert answer.tokens_of == (await local_answer()).tokens_of
     assert answer.handoff.locally_prefilled_tokens == 100
 
@@ -341,6 +356,22 @@ async def test_a_failed_hand_off_ends_every_choice_when_none_may_recover() -> No
         await until_idle(prefill, decode)
     assert {event.failure.reason for event in answer.endings.values()} == {"HANDOFF_FAILED"}
     assert sorted(answer.endings) == [0, 1, 2]
+
+
+@in_loop
+async def test_another_first_token_than_the_hand_off_brought_ends_every_choice_and_frees_every_block() -> None:
+    async with prefill_worker() as prefill, decode_worker(prefill) as decode, client_of(decode) as client:
+        prefill.faults.hold()
+        answer = client.start(PROMPT, sampling=DRAWN)
+        await until_first_tokens(answer)
+        drawn = SampledToken(0, (answer.tokens_of[1][0].token_id + 1) % VOCAB_SIZE)
+        news = SequenceOutput(RequestId(answer.request_id), 1, tokens=(drawn,))
+        cast(DecodeService, decode.service)._servicer.on_output(StepOutput(1, (news,)))
+        await answer.ended()
+        prefill.faults.release()
+        await until_idle(prefill, decode)
+    assert [event.failure.reason for event in answer.endings.values()] == ["HANDOFF_FAILED"] * 3
+    assert [len(tokens) for tokens in answer.tokens_of.values()] == [1, 1, 1]
 
 
 # Cancels

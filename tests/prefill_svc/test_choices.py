@@ -91,6 +91,15 @@ async def test_a_worker_is_full_by_choices() -> None:
         await reader.until(await reader.start(PROMPT, sampling=drawn(n=4)), "last", "first_tokens")
 
 
+@in_loop
+async def test_choices_whose_prompt_is_not_whole_count_as_well() -> None:
+    async with prefill_worker(max_requests=4) as worker, reader_of(worker) as reader:
+        await reader.start(PROMPT[:20], sampling=drawn(n=3), num_prompt_tokens=40)
+        refused = await reader.start(PROMPT[:20], sampling=drawn(n=2), num_prompt_tokens=40)
+        (event,) = await reader.until(refused, "failed")
+        assert event.failed.message == "5 choices would be held here, 4 may be; retry later"
+
+
 # Log-probabilities of the prompt
 
 
