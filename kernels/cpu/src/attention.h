@@ -11,9 +11,10 @@
 // a row has the same bits as decode, in any chunk, and whoever computes it with it.
 //
 // Bytes: 2 b KVH D per context token and block of query rows, which bound decode. FLOPs: 4 H D per query and visible
-// key, which bound prefill. A tile is widened once per block of rows, its keys turned so that scores vectorise over
-// keys. Nothing beyond a sequence's context is read. Pages as in Kwon et al. 2023, arXiv 2309.06180, section 4.1.
+// key, which bound prefill. Beyond a sequence's context only the rest of its last 16 keys is read, and not used.
+// Pages as in Kwon et al. 2023, arXiv 2309.06180, section 4.1.
 #pragma once
+#include <atomic>
 #include <cstddef>
 
 #include "attention_tile.h"
@@ -23,8 +24,7 @@
 namespace STAFFETTA_ISA {
 
 constexpr int64_t kSplitTiles = 16;
-constexpr int64_t kBlockRows = kMaxGroup;  // query rows (tokens x heads of one KV head) that share a widened tile
-constexpr int64_t kInPlaceRows = 2 * kAttentionRows;  // of a block whose tiles are not worth widening beforehand
+constexpr int64_t kBlockRows = kMaxGroup;  // query rows (tokens x heads of one KV head) that share a turned tile
 
 // Running softmax of a block of rows: maximum and sum per row, weighted values [rows][padded head_dim].
 struct Running {
@@ -41,13 +41,35 @@ struct RowBlock {
 
   int64_t position(int64_t row) const { return first_position + row / group; }
   int64_t first_key(int64_t row) const { return call.window ? most(0, position(row) - call.window + 1) : 0; }
+  int64_t end_key() const { return position(rows - 1) + 1; }
+  int64_t num_strips() const { return ceil_div(rows, kAttentionRows); }
+  int64_t strip_begin(int64_t strip) const { return strip * rows / num_strips(); }
   int64_t split_keys() const {
     return kSplitByCount ? ceil_div(ceil_div(context, 2), kTile) * kTile : kSplitTiles * kTile;
   }
-  int64_t num_strips() const { return ceil_div(rows, kAttentionRows); }
-  int64_t strip_begin(int64_t strip) const { return strip * rows / num_strips(); }
   int64_t first_split() const { return first_key(0) / split_keys(); }
-  int64_t last_split() const { return position(rows - 1) / split_keys(); }
+  int64_t last_split() const { return (end_key() - 1) / split_keys(); }
+  int64_t first_tile(int64_t split) const { return most(split * split_keys(), first_key(0)) / kTile; }
+  int64_t end_tile(int64_t split) const { return ceil_div(least((split + 1) * split_keys(), end_key()), kTile); }
+
+  // The address of a position's key; its value lies value_stride elements on.
+  const char* key_at(int64_t position) const {
+    const int64_t offset = table[position / pages.block_size] * pages.block_stride + kv_head * pages.head_stride +
+                           position % pages.block_size * pages.token_stride;
+    return static_cast<const char*>(pages.data) + offset * element_bytes(pages.dtype);
+  }
+  // A tile where it lies, if its stripes do not leave their blocks. Stripes beyond the context repeat the last.
+  TileRows find_tile(int64_t tile) const {
+    const int64_t bytes = element_bytes(pages.dtype), begin = tile * kTile;
+    TileRows rows;
+    rows.key_bytes = rows.value_bytes = pages.token_stride * bytes;
+    rows.stripes = ceil_div(least(kTile, context - begin), kStripe);
+    for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
+      rows.keys[stripe] = key_at(begin + least(stripe, rows.stripes - 1) * kStripe);
+      rows.values[stripe] = rows.keys[stripe] + pages.value_stride * bytes;
+    }
+    return rows;
+  }
 };
 
 // What one thread needs to compute a block.
@@ -73,86 +95,41 @@ inline void reset(const Running& state, int64_t rows, int64_t dim) {
   std::memset(state.values, 0, rows * dim * sizeof(float));
 }
 
-// Queries times scale, as strips [padded head_dim][rows of the strip].
+// Queries times scale, [rows][padded head_dim].
 inline void load_queries(const RowBlock& block, Tiles& tiles) {
   const int64_t dim = block.pages.head_dim, bytes = element_bytes(block.call.dtype);
   const Vec scale = splat(block.call.scale);
-  float* row = tiles.raw_keys;
-  for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
-    const int64_t begin = block.strip_begin(strip), rows = block.strip_begin(strip + 1) - begin;
-    for (int64_t r = begin; r < begin + rows; ++r) {
-      const int64_t head = block.kv_head * block.group + r % block.group, token = block.first_token + r / block.group;
-      const int64_t offset = token * block.call.query_token_stride + head * block.call.query_head_stride;
-      for (int64_t d = dim; d < block.padded_dim; ++d) row[d] = 0;
-      widen(block.call.dtype, static_cast<const char*>(block.call.query) + offset * bytes, dim, row);
-      float* to = tiles.query + begin * block.padded_dim + r - begin;
-      for (int64_t d = 0; d < block.padded_dim; d += kWidth) {
-        float scaled[kWidth];
-        store(scaled, mul(load(row + d), scale));
-        for (int i = 0; i < kWidth; ++i) to[(d + i) * rows] = scaled[i];
-      }
-    }
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t head = block.kv_head * block.group + r % block.group, token = block.first_token + r / block.group;
+    const int64_t offset = token * block.call.query_token_stride + head * block.call.query_head_stride;
+    float* row = tiles.query + r * block.padded_dim;
+    widen(block.call.dtype, static_cast<const char*>(block.call.query) + offset * bytes, dim, row);
+    for (int64_t d = dim; d < block.padded_dim; ++d) row[d] = 0;
+    for (int64_t d = 0; d < block.padded_dim; d += kWidth) store(row + d, mul(load(row + d), scale));
   }
 }
 
-// The address of a position's key in bytes; its value lies value_stride elements on.
-inline const char* key_at(const RowBlock& block, int64_t position) {
-  const Pages& pages = block.pages;
-  const int64_t offset = block.table[position / pages.block_size] * pages.block_stride +
-                         block.kv_head * pages.head_stride + position % pages.block_size * pages.token_stride;
-  return static_cast<const char*>(pages.data) + offset * element_bytes(pages.dtype);
-}
-
-// Whether tiles can be used where they lie: whole stripes in a block, whole vectors in a row.
+// Widens what lies `offset` bytes after the keys of a tile, to [count][padded head_dim], padded with zeros.
 template <class Type>
-bool is_in_place(const RowBlock& block) {
-  const Pages& pages = block.pages;
-  constexpr int64_t kBytes = sizeof(typename Type::Element);
-  return block.rows <= kInPlaceRows && !std::is_same_v<Type, F16> && pages.head_dim % 16 == 0 &&
-         pages.head_dim * kBytes >= kLine && pages.block_size % kStripe == 0 && pages.token_stride * kBytes % 4 == 0;
+void widen_rows(const RowBlock& block, int64_t tile, int64_t offset, float* to) {
+  const int64_t begin = tile * kTile, count = least(kTile, block.context - begin), dim = block.pages.head_dim;
+  for (int64_t j = 0; j < count; ++j, to += block.padded_dim) {
+    widen<Type>(block.key_at(begin + j) + offset, dim, to);
+    for (int64_t d = dim; d < block.padded_dim; ++d) to[d] = 0;
+  }
 }
 
-// A tile in the pages. Stripes beyond the context repeat the last.
-inline TileRows find_tile(const RowBlock& block, int64_t tile) {
-  const Pages& pages = block.pages;
-  const int64_t begin = tile * kTile, bytes = element_bytes(pages.dtype);
-  TileRows rows;
-  rows.token_bytes = pages.token_stride * bytes;
-  rows.stripes = ceil_div(least(kTile, block.context - begin), kStripe);
-  for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
-    rows.keys[stripe] = key_at(block, begin + least(stripe, rows.stripes - 1) * kStripe);
-    rows.values[stripe] = rows.keys[stripe] + pages.value_stride * bytes;
-  }
-  return rows;
-}
-
-// A tile widened into scratch, rows padded with zeros. What lies beyond the context is left as it was.
-template <class Type>
-TileRows widen_tile(const RowBlock& block, int64_t tile, Tiles& tiles) {
-  const Pages& pages = block.pages;
-  const int64_t dim = pages.head_dim, padded = block.padded_dim, begin = tile * kTile;
-  const int64_t count = least(kTile, block.context - begin);
-  for (int64_t j = 0; j < count; ++j) {
-    const char* key = key_at(block, begin + j);
-    widen<Type>(key, dim, tiles.raw_keys + j * padded);
-    widen<Type>(key + pages.value_stride * element_bytes(pages.dtype), dim, tiles.values + j * padded);
-    for (int64_t d = dim; d < padded; ++d) tiles.raw_keys[j * padded + d] = tiles.values[j * padded + d] = 0;
-  }
-  TileRows rows;
-  rows.token_bytes = padded * sizeof(float);
-  rows.stripes = kStripes;
-  for (int64_t stripe = 0; stripe < kStripes; ++stripe) {
-    rows.keys[stripe] = reinterpret_cast<const char*>(tiles.raw_keys + stripe * kStripe * padded);
-    rows.values[stripe] = reinterpret_cast<const char*>(tiles.values + stripe * kStripe * padded);
-  }
-  return rows;
+// The address of scratch rows [64][padded head_dim] in stripes.
+inline void set_stripes(const float* rows, int64_t padded_dim, const char* (&stripes)[kStripes]) {
+  for (int64_t stripe = 0; stripe < kStripes; ++stripe)
+    stripes[stripe] = reinterpret_cast<const char*>(rows + stripe * kStripe * padded_dim);
 }
 
 // A strip of a block against a tile whose keys are turned. Type is that of the tile's rows.
 template <class Type, int kRows>
-void attend_strip(const RowBlock& block, int64_t strip, int64_t tile, const TileRows& rows, const char* const* next,
+void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const TileRows& rows, const TileRows& next,
                   Tiles& tiles) {
-  const int64_t begin = block.strip_begin(strip), dim = block.padded_dim;
+  const int64_t dim = block.padded_dim;
   int64_t lo[kRows], hi[kRows];
   for (int r = 0; r < kRows; ++r) {
     lo[r] = most(0, block.first_key(begin + r) - tile * kTile);
@@ -160,45 +137,65 @@ void attend_strip(const RowBlock& block, int64_t strip, int64_t tile, const Tile
   }
   if (hi[kRows - 1] <= 0 || lo[0] >= kTile) return;
   float *weights = tiles.weights + begin * kTile, *values = tiles.split.values + begin * dim;
-  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, tiles.keys, block.pages.head_dim, weights);
+  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, dim, tiles.keys, block.pages.head_dim, weights);
   for (int r = 0; r < kRows; ++r)
     if (lo[r] < hi[r])
       soften(weights + r * kTile, lo[r], hi[r], block.call.soft_cap,
              {tiles.split.maximum[begin + r], tiles.split.sum[begin + r], values + r * dim}, dim);
   // Rows go together over the keys that all of them see, each by itself before and after.
-  const int64_t shared_lo = lo[kRows - 1], shared_hi = hi[0];
-  const bool is_shared = shared_lo < shared_hi;
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t end = is_shared ? shared_lo : hi[r];
-    if (lo[r] < end) weigh<Type, 1>(weights + r * kTile, rows, next, lo[r], end, values + r * dim, dim);
-  }
-  if (!is_shared) return;
-  weigh<Type, kRows>(weights, rows, next, shared_lo, shared_hi, values, dim);
-  for (int r = 0; r < kRows; ++r)
-    if (shared_hi < hi[r]) weigh<Type, 1>(weights + r * kTile, rows, next, shared_hi, hi[r], values + r * dim, dim);
+  const auto weigh_alone = [&](int r, int64_t from, int64_t to) {
+    if (from < to) weigh<Type, 1>(weights + r * kTile, rows, next, from, to, values + r * dim, dim);
+  };
+  const int64_t all_lo = lo[kRows - 1], all_hi = most(hi[0], all_lo);
+  for (int r = 0; r < kRows; ++r) weigh_alone(r, lo[r], least(all_lo, hi[r]));
+  if (all_lo < all_hi) weigh<Type, kRows>(weights, rows, next, all_lo, all_hi, values, dim);
+  for (int r = 0; r < kRows; ++r) weigh_alone(r, all_hi, hi[r]);
 }
 
-// One split of one block of rows, into tiles.split.
+// A block against a tile. `next` is what the thread turns to afterwards.
 template <class Type>
-void compute_split(const RowBlock& block, int64_t split, Tiles& tiles) {
+void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
+  using Turned = std::conditional_t<std::is_same_v<Type, F16>, F32, Type>;
+  turn_keys(rows, block.padded_dim * sizeof(typename Turned::Element), tiles.keys);
+  for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
+    const int64_t begin = block.strip_begin(strip);
+    with_rows<kAttentionRows>(block.strip_begin(strip + 1) - begin, [&](auto count) {
+      attend_strip<Type, decltype(count)::value>(block, begin, tile, rows, strip == 0 ? next : rows, tiles);
+    });
+  }
+}
+
+// Whether tiles are used where they lie: whole stripes in a block, whole vectors in a row.
+template <class Type>
+bool is_in_place(const Pages& pages) {
+  constexpr int64_t kBytes = sizeof(typename Type::Element);
+  return pages.head_dim % kStripe == 0 && pages.head_dim * kBytes >= kLine && pages.block_size % kStripe == 0 &&
+         pages.token_stride * kBytes % 4 == 0;
+}
+
+// One split of one block of rows, into tiles.split. `after` is what the thread turns to afterwards.
+template <class Type>
+void compute_split(const RowBlock& block, int64_t split, const TileRows& after, Tiles& tiles) {
   reset(tiles.split, block.rows, block.padded_dim);
-  const int64_t keys = block.split_keys(), end = block.position(block.rows - 1) + 1;
-  const int64_t first_tile = most(split * keys, block.first_key(0)) / kTile;
-  const int64_t end_tile = ceil_div(least((split + 1) * keys, end), kTile);
-  const bool in_place = is_in_place<Type>(block);
-  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-    const TileRows rows = in_place ? find_tile(block, tile) : widen_tile<Type>(block, tile, tiles);
-    const TileRows next = in_place && tile + 1 < ceil_div(end, kTile) ? find_tile(block, tile + 1) : rows;
-    const int64_t row_bytes = in_place ? block.pages.head_dim * element_bytes(block.pages.dtype) : rows.token_bytes;
-    turn_keys(rows, row_bytes, tiles.keys);
-    for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
-      const char* const* fetched = strip == 0 ? next.keys : rows.values;
-      with_rows<kAttentionRows>(block.strip_begin(strip + 1) - block.strip_begin(strip), [&](auto count) {
-        constexpr int kRows = decltype(count)::value;
-        if (in_place) return attend_strip<Type, kRows>(block, strip, tile, rows, fetched, tiles);
-        attend_strip<F32, kRows>(block, strip, tile, rows, fetched, tiles);
-      });
+  const int64_t value_bytes = block.pages.value_stride * sizeof(typename Type::Element), end = block.end_tile(split);
+  const bool in_place = is_in_place<Type>(block.pages);
+  for (int64_t tile = block.first_tile(split); tile < end; ++tile) {
+    TileRows rows = block.find_tile(tile);
+    if (!in_place || std::is_same_v<Type, F16>) {
+      widen_rows<Type>(block, tile, 0, tiles.raw_keys);
+      set_stripes(tiles.raw_keys, block.padded_dim, rows.keys);
+      rows.key_bytes = block.padded_dim * sizeof(float);
     }
+    if (!in_place) {
+      widen_rows<Type>(block, tile, value_bytes, tiles.values);
+      set_stripes(tiles.values, block.padded_dim, rows.values);
+      rows.value_bytes = rows.key_bytes;
+    }
+    const TileRows next = tile + 1 < end ? block.find_tile(tile + 1) : after;
+    if (in_place)
+      attend_tile<Type>(block, tile, rows, next, tiles);
+    else
+      attend_tile<F32>(block, tile, rows, next, tiles);
   }
 }
 
@@ -239,59 +236,95 @@ struct Plan {
     group = call.num_heads / pages.num_kv_heads;
     block_tokens = most(1, kBlockRows / group);
     padded_dim = ceil_div(pages.head_dim, 16) * 16;
-    for (int64_t s = 0; s < call.num_sequences; ++s) num_blocks += pages.num_kv_heads * ceil_div(tokens(s), block_tokens);
+    for (int64_t s = 0; s < call.num_sequences; ++s) num_blocks += blocks_of(s);
   }
   int64_t tokens(int64_t s) const { return call.query_starts[s + 1] - call.query_starts[s]; }
-  RowBlock block(int64_t index) const {
-    int64_t s = 0;
-    for (;; ++s) {
-      const int64_t here = pages.num_kv_heads * ceil_div(tokens(s), block_tokens);
-      if (index < here) break;
-      index -= here;
-    }
-    const int64_t number = ceil_div(tokens(s), block_tokens) - 1 - index / pages.num_kv_heads;
-    const int64_t begin = number * block_tokens, count = least(block_tokens, tokens(s) - begin);
-    const int64_t context = call.context_lens[s];
-    return {call, pages, call.block_tables + s * call.table_stride, index % pages.num_kv_heads, group,
-            call.query_starts[s] + begin, context - tokens(s) + begin, count * group, context, padded_dim};
+  int64_t blocks_of(int64_t s) const { return pages.num_kv_heads * ceil_div(tokens(s), block_tokens); }
+};
+
+// Finds a plan's blocks for one thread, which asks for them in rising order.
+class Finder {
+ public:
+  explicit Finder(const Plan& plan) : plan_(plan) {}
+  RowBlock block(int64_t index) {
+    while (index - begin_ >= plan_.blocks_of(sequence_)) begin_ += plan_.blocks_of(sequence_++);
+    const AttentionArguments& call = plan_.call;
+    const int64_t tokens = plan_.tokens(sequence_), size = plan_.block_tokens, heads = plan_.pages.num_kv_heads;
+    const int64_t first = (ceil_div(tokens, size) - 1 - (index - begin_) / heads) * size;
+    const int64_t context = call.context_lens[sequence_];
+    return {call,
+            plan_.pages,
+            call.block_tables + sequence_ * call.table_stride,
+            (index - begin_) % heads,
+            plan_.group,
+            call.query_starts[sequence_] + first,
+            context - tokens + first,
+            least(size, tokens - first) * plan_.group,
+            context,
+            plan_.padded_dim};
   }
+
+ private:
+  const Plan& plan_;
+  int64_t sequence_ = 0, begin_ = 0;  // the sequence last found, and the number of its first block
 };
 
 // A block's splits one after the other, each joined as it is done.
 template <class Type>
-void compute_block(const RowBlock& block, Tiles& tiles) {
+void compute_block(const RowBlock& block, const TileRows& after, Tiles& tiles) {
   load_queries(block, tiles);
   reset(tiles.total, block.rows, block.padded_dim);
   for (int64_t split = block.first_split(); split <= block.last_split(); ++split) {
-    compute_split<Type>(block, split, tiles);
+    const bool is_last = split == block.last_split();
+    compute_split<Type>(block, split, is_last ? after : block.find_tile(block.first_tile(split + 1)), tiles);
     for (int64_t r = 0; r < block.rows; ++r) join(tiles.total, tiles.split, r, block.padded_dim);
   }
   write_rows(block, tiles.total);
+}
+
+// Every thread takes the next block when it is done with one.
+template <class Type>
+void compute_by_blocks(const Plan& plan, int threads, size_t tile_bytes) {
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
+    Finder finder(plan), ahead(plan);
+    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < plan.num_blocks;) {
+      const RowBlock block = finder.block(index);
+      const RowBlock after = ahead.block(least(index + threads, plan.num_blocks - 1));  // if all take turns
+      compute_block<Type>(block, after.find_tile(after.first_tile(after.first_split())), tiles);
+    }
+  }
 }
 
 // The same where there are fewer blocks than threads: splits are shared out, kept, and joined in the same order.
 template <class Type>
 void compute_by_splits(const Plan& plan, int threads, size_t tile_bytes) {
   int64_t most_splits = 0;
-  for (int64_t index = 0; index < plan.num_blocks; ++index)
-    most_splits = most(most_splits, plan.block(index).last_split() - plan.block(index).first_split() + 1);
+  Finder finder(plan);
+  for (int64_t index = 0; index < plan.num_blocks; ++index) {
+    const RowBlock block = finder.block(index);
+    most_splits = most(most_splits, block.last_split() - block.first_split() + 1);
+  }
   const int64_t units = plan.num_blocks * most_splits, unit_floats = kBlockRows * (plan.padded_dim + 2);
   float* partials = static_cast<float*>(workspace(Scratch::kShared, units * unit_floats * sizeof(float)));
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
+    Finder units_finder(plan), blocks_finder(plan);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < units; ++unit) {
-      const RowBlock block = plan.block(unit / most_splits);
+      const RowBlock block = units_finder.block(unit / most_splits);
       const int64_t split = block.first_split() + unit % most_splits;
       if (split > block.last_split()) continue;
       load_queries(block, tiles);
       tiles.split = Running::at(partials + unit * unit_floats);
-      compute_split<Type>(block, split, tiles);
+      compute_split<Type>(block, split, block.find_tile(block.first_tile(split)), tiles);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < plan.num_blocks; ++index) {
-      const RowBlock block = plan.block(index);
+      const RowBlock block = blocks_finder.block(index);
       reset(tiles.total, block.rows, block.padded_dim);
       for (int64_t n = 0; n <= block.last_split() - block.first_split(); ++n) {
         const Running split = Running::at(partials + (index * most_splits + n) * unit_floats);
@@ -307,11 +340,7 @@ void run_attention(const AttentionArguments& call, const Pages& pages, int threa
   const Plan plan(call, pages);
   const size_t tile_bytes = Tiles::floats(plan.padded_dim) * sizeof(float);
   if (plan.num_blocks < threads) return compute_by_splits<Type>(plan, threads, tile_bytes);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
-  for (int64_t index = 0; index < plan.num_blocks; ++index) {
-    Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
-    compute_block<Type>(plan.block(index), tiles);
-  }
+  compute_by_blocks<Type>(plan, threads, tile_bytes);
 }
 
 inline void attention(const AttentionArguments& call, const Pages& pages, int threads) {

@@ -1,9 +1,7 @@
 // One tile of attention: 64 keys and values against a strip of query rows. Order and sources are in attention.h.
 //
-// Keys are turned, so that scores vectorise over keys; values are read as they lie. Where a block of rows is one or two
-// strips, as in decode, both come straight from the pages and are widened in registers; else they are widened once, into
-// scratch, for all strips. Either way the operands and their order are the same, and so are the bits. While keys are
-// turned, the tile's values are fetched; while values are added up, the next tile's keys.
+// Keys are turned, so that scores vectorise over keys; values are used as they lie and widened in registers. While keys
+// are turned, the tile's values are fetched; while values are added up, the next tile's keys.
 #pragma once
 #include <cstddef>
 #include <type_traits>
@@ -18,10 +16,10 @@ constexpr int kStripes = kTile / kStripe;
 constexpr int kLine = 64;    // bytes that are fetched together
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Where the keys and values of a tile lie. The first `stripes` hold keys of the context.
+// Where the keys and values of a tile lie; rows of a stripe are so many bytes apart. `stripes` hold keys of the context.
 struct TileRows {
   const char *keys[kStripes], *values[kStripes];
-  int64_t token_bytes, stripes;
+  int64_t key_bytes, value_bytes, stripes;
 };
 
 // Turned keys, [head_dim / kInputs][64]: floats, or pairs of bfloat16, the earlier in the lower half.
@@ -38,37 +36,38 @@ struct PairKeys {
 template <class Type>
 using KeysOf = std::conditional_t<std::is_same_v<Type, BF16>, PairKeys, FloatKeys>;
 
-// Turns the keys of a tile. Meanwhile fetches its values. Rows have at least kStripe times 4 bytes, a multiple of 4.
+// Turns the keys of a tile, rows of at least kLine bytes, a multiple of 4. Meanwhile fetches its values.
 inline void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys) {
   constexpr int64_t kSquare = kWidth * sizeof(float);
   for (int64_t stripe = 0; stripe < tile.stripes; ++stripe)
     for (int64_t j = 0; j < kStripe; j += kWidth)
       for (int64_t begin = 0; begin < row_bytes; begin += kSquare) {
         const int64_t at = least(begin, row_bytes - kSquare);  // the last square may overlap the one before it
-        const char* from = tile.keys[stripe] + j * tile.token_bytes + at;
-        const char* fetched = tile.values[stripe] + j * tile.token_bytes + at;
+        const char* from = tile.keys[stripe] + j * tile.key_bytes + at;
+        const char* fetched = tile.values[stripe] + j * tile.value_bytes + at;
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) __builtin_prefetch(fetched + i * tile.token_bytes);
-        transpose(reinterpret_cast<const float*>(from), tile.token_bytes / 4, keys + at / 4 * kTile + stripe * kStripe + j,
-                  kTile);
+        for (int i = 0; i < kWidth; ++i) __builtin_prefetch(fetched + i * tile.value_bytes);
+        float* to = keys + at / 4 * kTile + stripe * kStripe + j;
+        transpose(reinterpret_cast<const float*>(from), tile.key_bytes / 4, to, kTile);
       }
 }
 
-// sums[r] += a[r kRowStep] right.
-template <int kRows, int kVecs, int kRowStep>
-inline __attribute__((always_inline)) void add_products(Vec (&sums)[kRows][kVecs], const float* a,
+// sums[r] += a[r a_step] right.
+template <int kRows, int kVecs>
+inline __attribute__((always_inline)) void add_products(Vec (&sums)[kRows][kVecs], const float* a, int64_t a_step,
                                                         const Vec (&right)[kVecs]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    const Vec left = splat(a[r * kRowStep]);
+    const Vec left = splat(a[r * a_step]);
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
   }
 }
 
-// Scores of a strip of rows, query [head_dim][rows], against turned keys, into weights [rows][64].
+// Scores of kRows rows, query_step apart, against turned keys, into weights [rows][64].
 template <class Keys, int kRows>
-__attribute__((noinline)) void score(const float* query, const float* keys, int64_t dim, float* weights) {
+__attribute__((noinline)) void score(const float* query, int64_t query_step, const float* keys, int64_t dim,
+                                     float* weights) {
   constexpr int kVecs = 4;
   for (int j = 0; j < kTile; j += kVecs * kWidth) {
     Vec sums[kRows][kVecs], right[kVecs];
@@ -76,17 +75,15 @@ __attribute__((noinline)) void score(const float* query, const float* keys, int6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
-    const float* a = query;
-    for (const float* b = keys + j; b < keys + dim / Keys::kInputs * kTile; b += kTile) {
+    const float* turned = keys + j;
+    for (int64_t d = 0; d < dim; d += Keys::kInputs, turned += kTile) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) right[v] = Keys::template load<0>(b + v * kWidth);
-      add_products<kRows, kVecs, 1>(sums, a, right);
-      a += kRows;
+      for (int v = 0; v < kVecs; ++v) right[v] = Keys::template load<0>(turned + v * kWidth);
+      add_products(sums, query + d, query_step, right);
       if constexpr (Keys::kInputs == 2) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) right[v] = Keys::template load<1>(b + v * kWidth);
-        add_products<kRows, kVecs, 1>(sums, a, right);
-        a += kRows;
+        for (int v = 0; v < kVecs; ++v) right[v] = Keys::template load<1>(turned + v * kWidth);
+        add_products(sums, query + d + 1, query_step, right);
       }
     }
 #pragma GCC unroll 8
@@ -120,19 +117,22 @@ inline void soften(float* weights, int64_t lo, int64_t hi, float soft_cap, const
     lanes[v] = exp(sub(lanes[v], splat(maximum)));
     store(weights + v * kWidth, lanes[v]);
   }
-  const float shrink = exp(before - maximum);
-  row.maximum = maximum;
-  row.sum = first(fma(splat(row.sum), splat(shrink), splat(fold_sum(lanes))));
-  if (shrink != 1.0f)
+  float shrink = 1;
+  if (maximum != before) {
+    shrink = exp(before - maximum);
+    row.maximum = maximum;
     for (int64_t d = 0; d < padded_dim; d += kWidth) store(row.values + d, mul(load(row.values + d), splat(shrink)));
+  }
+  row.sum = first(fma(splat(row.sum), splat(shrink), splat(fold_sum(lanes))));
 }
 
-// Carries columns [d, end) of kRows rows' weighted values on over keys [lo, hi) of the tile, in steps of kVecs vectors.
-// Returns where it stopped. Meanwhile fetches the same columns of the same rows of `next`.
+// Carries columns of kRows rows' weighted values, from d on, kVecs vectors at a time, on over keys [lo, hi) of the tile.
+// Returns the first column left. Meanwhile fetches the same part of `next`, its keys.
 template <class Type, int kRows, int kVecs>
-int64_t weigh_columns(const float* weights, const TileRows& tile, const char* const* next, int64_t lo, int64_t hi,
-                      int64_t d, float* values, int64_t dim) {
-  constexpr int64_t kBytes = sizeof(typename Type::Element);
+int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows& next, int64_t lo, int64_t hi, int64_t d,
+                      float* values, int64_t dim) {
+  using Element = typename Type::Element;
+  constexpr int64_t kBytes = sizeof(Element);
   for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
     Vec sums[kRows][kVecs], right[kVecs];
 #pragma GCC unroll 8
@@ -140,16 +140,15 @@ int64_t weigh_columns(const float* weights, const TileRows& tile, const char* co
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sums[r][v] = load(values + r * dim + d + v * kWidth);
     for (int64_t j = lo; j < hi;) {
-      const int64_t stripe = j / kStripe, end = least(hi, (stripe + 1) * kStripe);
-      const char* from = tile.values[stripe] + (j - stripe * kStripe) * tile.token_bytes + d * kBytes;
-      const char* fetched = next[stripe] + (j - stripe * kStripe) * tile.token_bytes + d * kBytes;
-      for (; j < end; ++j, from += tile.token_bytes, fetched += tile.token_bytes) {
+      const int64_t stripe = j / kStripe, end = least(hi, (stripe + 1) * kStripe), skipped = j - stripe * kStripe;
+      const char* from = tile.values[stripe] + skipped * tile.value_bytes + d * kBytes;
+      const char* fetched = next.keys[stripe] + skipped * next.key_bytes + d * kBytes;
+      for (; j < end; ++j, from += tile.value_bytes, fetched += next.key_bytes) {
 #pragma GCC unroll 4
         for (int64_t line = 0; line < kVecs * kWidth * kBytes; line += kLine) __builtin_prefetch(fetched + line);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v)
-          right[v] = Type::load(reinterpret_cast<const typename Type::Element*>(from) + v * kWidth);
-        add_products<kRows, kVecs, kTile>(sums, weights + j, right);
+        for (int v = 0; v < kVecs; ++v) right[v] = Type::load(reinterpret_cast<const Element*>(from) + v * kWidth);
+        add_products(sums, weights + j, kTile, right);
       }
     }
 #pragma GCC unroll 8
@@ -160,7 +159,7 @@ int64_t weigh_columns(const float* weights, const TileRows& tile, const char* co
   return d;
 }
 template <class Type, int kRows>
-__attribute__((noinline)) void weigh(const float* weights, const TileRows& tile, const char* const* next, int64_t lo,
+__attribute__((noinline)) void weigh(const float* weights, const TileRows& tile, const TileRows& next, int64_t lo,
                                      int64_t hi, float* values, int64_t dim) {
   const int64_t wide = weigh_columns<Type, kRows, 4>(weights, tile, next, lo, hi, 0, values, dim);
   weigh_columns<Type, kRows, 1>(weights, tile, next, lo, hi, wide, values, dim);
