@@ -118,12 +118,16 @@ class Scheduler:
         for sequence, lease in leases:
             self._lease_to_receive(sequence, lease)
         # All copies before any write, which is in place once the others who held the block have theirs.
-        replaced = [self._replace(sequence, part) for sequence, part in slices]
-        num_given_up = Counter(lease.table[0] for lease in replaced if lease is not None)
+        replaced = {
+            part.sequence_id: sequence.lease.replace(part.start // sequence.hasher.block_size)
+            for sequence, part in slices
+            if part.copied is not None
+        }
+        num_given_up = Counter(lease.table[0] for lease in replaced.values())
         return tuple(
             [
-                self._dispatch(sequence, part, lease, num_given_up=num_given_up)
-                for (sequence, part), lease in zip(slices, replaced, strict=True)
+                self._dispatch(sequence, part, replaced.get(part.sequence_id), num_given_up=num_given_up)
+                for sequence, part in slices
             ]
         )
 
@@ -184,16 +188,13 @@ class Scheduler:
         sequence.num_published_blocks = len(lease.shared)
         sequence.num_computed_tokens = len(lease.shared) * sequence.hasher.block_size
 
-    def _replace(self, sequence: Sequence, part: PlannedSlice) -> BlockLease | None:
-        """Makes room for the copy of a block that others hold; returns the reference to it."""
-        if part.copied is None:
-            return None
-        return sequence.lease.replace(part.start // sequence.hasher.block_size)
-
     def _dispatch(
         self, sequence: Sequence, part: PlannedSlice, replaced: BlockLease | None, *, num_given_up: Counter[BlockId]
     ) -> SequenceSlice:
-        """`num_given_up` counts the references that slices of this step keep to blocks only in order to copy them."""
+        """Takes a slice's blocks and counts its tokens. `replaced` is the reference to the block that it copies.
+
+        `num_given_up` counts the references that slices of this step keep to blocks only in order to copy them.
+        """
         if sequence.state is SequenceState.WAITING:
             self._join(sequence, part)
         sequence.lease.extend(part.num_new_blocks)

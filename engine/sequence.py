@@ -77,6 +77,8 @@ class Sequence:
     first_tokens: dict[int, SampledToken] = field(default_factory=dict)
     """By choice, once they are known and until the fork. A sequence of one choice has its own in `token_ids`."""
     token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    """Tokens that were asked with."""
     num_placeholders: int = 0
     num_computed_tokens: int = 0
     num_published_blocks: int = 0
@@ -111,6 +113,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.choices = self.open_choices = self.choices or self.request.choices
         self.token_ids = list(self.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.credit = self.request.credit
         self.granted = dict.fromkeys(self.choices, 0)
         self.sequence_id = SequenceId(self.request.request_id, self.choices[0])
@@ -130,11 +133,6 @@ class Sequence:
     def is_prefill(self) -> bool:
         """Whether the request ends, held, with its first token."""
         return self.request.kind is RequestKind.PREFILL
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens that were asked with."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_known_tokens(self) -> int:
@@ -245,6 +243,8 @@ class Sequence:
 
     def take_scored(self, tokens: tuple[PromptToken, ...]) -> tuple[PromptToken, ...]:
         """Books scored prompt tokens and returns those not told before: a recomputed prompt is scored again."""
+        if not tokens:
+            return ()
         new = tuple([token for token in tokens if token.position >= self.num_scored_tokens])
         if new and new[0].position != self.num_scored_tokens:
             raise IntegrityError(f"{self.request_id}: token {new[0].position} scored, {self.num_scored_tokens} is next")
