@@ -10,9 +10,7 @@ constexpr int kPanel = 32;
 constexpr int kPanelVecs = kPanel / kWidth;
 
 // A strip is [steps][rows], a panel [steps][32]; what a step is, and how it is multiplied, depends on the weights.
-// Steps of a panel take 128 bytes, so a block of K takes 32 KiB of the first cache.
-constexpr int64_t kStepBytes = kPanel * 4;
-constexpr int64_t kBlockSteps = 256;
+constexpr int64_t kStepBytes = kPanel * 4;  // of a panel
 
 // A step is one input, float against float.
 struct Float32Weights {
@@ -123,10 +121,15 @@ inline void sum_store(char* p, IVec x) { istore(p, x); }
 inline Vec sum_add(Vec a, Vec b) { return add(a, b); }
 inline IVec sum_add(IVec a, IVec) { return a; }
 
-// Carries the sums [kRows][32] in memory on over `steps` steps; the first block starts them at zero. What lies `ahead`
-// bytes beyond the panel is fetched meanwhile.
+// What to fetch while a strip is computed: at each step the two lines from `from`, which then moves by `pace` bytes.
+struct Ahead {
+  const char* from;
+  int64_t pace;
+};
+
+// Carries the sums [kRows][32] in memory on over `steps` steps; the first piece starts them at zero.
 template <class Weights, int kRows>
-__attribute__((noinline)) void advance(const char* strip, const char* panel, int64_t ahead, int64_t steps, bool is_first,
+__attribute__((noinline)) void advance(const char* strip, const char* panel, Ahead ahead, int64_t steps, bool is_first,
                                        char* memory) {
   using Sum = typename Weights::Sum;
   Sum sums[kRows][kPanelVecs];
@@ -135,9 +138,9 @@ __attribute__((noinline)) void advance(const char* strip, const char* panel, int
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v)
       sums[r][v] = is_first || kSplitKByRows ? sum_zero(Sum{}) : sum_load(memory + (r * kPanel + v * kWidth) * 4, Sum{});
-  for (; steps > 0; --steps, strip += kRows * Weights::kStripBytes, panel += kStepBytes) {
-    __builtin_prefetch(panel + ahead, 0, 2);
-    __builtin_prefetch(panel + ahead + kStepBytes / 2, 0, 2);
+  for (; steps > 0; --steps, strip += kRows * Weights::kStripBytes, panel += kStepBytes, ahead.from += ahead.pace) {
+    __builtin_prefetch(ahead.from, 0, 3);
+    __builtin_prefetch(ahead.from + kStepBytes / 2, 0, 3);
     Weights::template step<kRows>(sums, strip, panel);
   }
 #pragma GCC unroll 16

@@ -1,0 +1,68 @@
+// From the sums of a linear layer to its result, in this order: int8 scales (row, then output), bias, silu(gate) up,
+// residual; then one rounding.
+#pragma once
+#include "strips.h"
+
+namespace STAFFETTA_ISA {
+
+// What turns a panel's sums into floats: nothing, or for int8 its scales and the 128 that its rows were raised by.
+template <class Weights>
+struct PanelScales {
+  PanelScales(const LinearCall&, int64_t) {}
+  Vec apply(const LinearCall&, int64_t, int, Vec sum) const { return sum; }
+};
+
+template <>
+struct PanelScales<Int8Weights> {
+  IVec offsets[kPanelVecs];
+  Vec scales[kPanelVecs];
+
+  PanelScales(const LinearCall& call, int64_t output) {
+    for (int v = 0; v < kPanelVecs; ++v) {
+      offsets[v] = imul(isplat(128), iload(call.w.sums + output + v * kWidth));
+      scales[v] = load(call.w.scales + output + v * kWidth);
+    }
+  }
+  Vec apply(const LinearCall& call, int64_t row, int v, IVec sum) const {
+    return mul(mul(to_float(isub(sum, offsets[v])), splat(call.row_scales[row])), scales[v]);
+  }
+};
+
+// Fetches the lines that a strip's results will be written to, while its sums are being made.
+inline void fetch_results(const LinearCall& call, int64_t first_row, int64_t rows, int64_t panel) {
+  const int64_t bytes = call.panel_columns() * element_bytes(call.out.dtype);
+  for (int64_t row = first_row; row < first_row + rows; ++row)
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row_of(call.out, row) + panel * bytes + byte, 1);
+}
+
+// A strip's rows of one panel, from their sums in memory. Type is that of the residual and the result.
+template <class Type, class Weights>
+void finish(const LinearCall& call, int64_t first_row, int64_t rows, int64_t panel, const char* sums) {
+  using Element = typename Type::Element;
+  const int64_t begin = panel * call.panel_columns(), columns = least(call.panel_columns(), call.out.columns - begin);
+  const bool is_whole = columns == call.panel_columns();
+  const int vecs = static_cast<int>(call.panel_columns() / kWidth);
+  const PanelScales<Weights> scales(call, panel * kPanel);
+  const float* bias = call.w.bias ? call.w.bias + panel * kPanel : nullptr;
+  for (int64_t row = first_row; row < first_row + rows; ++row, sums += kPanel * 4) {
+    Vec values[kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) {
+      values[v] = scales.apply(call, row, v, sum_load(sums + v * kWidth * 4, typename Weights::Sum{}));
+      if (bias) values[v] = add(values[v], load(bias + v * kWidth));
+    }
+    if (call.w.gated)
+      for (int v = 0; v < kPanelVecs / 2; ++v) values[v] = mul(silu(values[v]), values[v + kPanelVecs / 2]);
+    Element part[kPanel];  // of a panel that reaches beyond the last output
+    Element* to = reinterpret_cast<Element*>(row_of(call.out, row)) + begin;
+    const Element* added = call.residual.data ? reinterpret_cast<Element*>(row_of(call.residual, row)) + begin : nullptr;
+    if (added && !is_whole) added = static_cast<Element*>(std::memcpy(part, added, columns * sizeof *to));
+    Element* whole = is_whole ? to : part;
+    for (int v = 0; v < vecs; ++v) {
+      if (added) values[v] = add(values[v], Type::load(added + v * kWidth));
+      Type::store(whole + v * kWidth, values[v]);
+    }
+    if (!is_whole) std::memcpy(to, part, columns * sizeof *to);
+  }
+}
+
+}  // namespace STAFFETTA_ISA
