@@ -67,10 +67,12 @@ class HttpTarget:
         except BaseException:
             connection.close()
             raise
-        if response.status != 200:
-            raise TargetError(f"{self._name} answered {response.status}: {bytes(response.body[:300])!r}")
         if response.keeps_alive:
             self._idle.append(connection)
+        else:
+            connection.close()
+        if response.status != 200:
+            raise TargetError(f"{self._name} answered {response.status}: {response.body[:300]!r}")
         return HttpAnswer(self._name, response, due_s=due_s, output_tokens=output_tokens)
 
     async def close(self) -> None:

@@ -2,7 +2,7 @@
 
 Linear layers at one row and a few: bytes of weights read per second beside the read bandwidth. At many rows: operations
 per second beside the GEMM rate of the same type. Attention over the paged pool: decode beside the bandwidth, prefill
-beside the GEMM rate. Both sides are the best of many calls, in one run, the limits measured before and after. Weights
+beside the GEMM rate. Both sides are the best of many calls, in one run, the limits again after each model's. Weights
 and KV are taken from several copies in turn, so that no cache holds them.
 """
 
@@ -94,7 +94,7 @@ class _Timing:
 def measure_kernels(
     backend: Backend, *, names: Sequence[str], stored: Sequence[Stored], seconds: float, limits: Limits
 ) -> tuple[list[KernelResult], Limits]:
-    """Measures every cell for about `seconds`; returns them beside the best limits of before and after."""
+    """Measures every cell for about `seconds`; returns them beside the best limits of before, between and after."""
     timings: list[_Timing] = []
     for name in names:
         shape = SHAPES[name]
@@ -103,8 +103,8 @@ def measure_kernels(
                 timings += _linear(backend, name, layer, (inputs, outputs), each, seconds)
             if each.form is WeightFormat.AS_GIVEN:
                 timings += _attention(backend, name, shape, each, seconds)
-    after = best_limits(limits, measure_limits(threads=limits.threads))
-    return [timing.beside(after) for timing in timings], after
+            limits = best_limits(limits, measure_limits(threads=limits.threads, seconds=seconds))
+    return [timing.beside(limits) for timing in timings], limits
 
 
 def _linear(

@@ -27,8 +27,10 @@ from engine.models.llama import tensor_shapes
 from staffetta.identity import SINGLE_NAME
 
 _PIECE_ELEMENTS: Final = 2**24
-_LOGIT_DEVIATION: Final = 1.5
+_LOGIT_DEVIATION: Final = 1.0
 """Standard deviation of the logits: far from flat, far from overflow."""
+_ADDED_GAIN: Final = 2.0
+"""Makes up for what the gate and averaging over keys take away."""
 
 
 class CheckpointFormat(Enum):
@@ -113,15 +115,16 @@ def _plan(shape: ModelShape, *, seed: int, stored: CheckpointFormat) -> Iterator
 def _deviation(name: str, size: tuple[int, ...], shape: ModelShape) -> float:
     """Standard deviation of a tensor's elements, such that every layer's output has one of about 1.
 
-    What is added to the residual stream is smaller, so that its sum over all layers is no larger than one of them. The
-    embedding is small beside that sum: a tied head must not always vote for the token that was just read.
+    What is added to the residual stream is smaller, so that its sum over all layers has about 1 too. The embedding is
+    small beside that sum: a tied head must not vote for the token that was just read, again and again.
     """
     if len(size) == 1:
         return 0.0
     if "layers" not in name:
         return _LOGIT_DEVIATION / sqrt(shape.hidden_size)
-    is_added = name.endswith(("o_proj.weight", "down_proj.weight"))
-    return 1.0 / sqrt(size[1] * (2 * shape.num_layers if is_added else 1))
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return _ADDED_GAIN / sqrt(2 * shape.num_layers * size[1])
+    return 1.0 / sqrt(size[1])
 
 
 class _RandomTensor:

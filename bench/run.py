@@ -15,7 +15,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from bench.limits import Limits, limits_table, measure_limits
+from bench.kernels import MEASURED_SHAPES, STORED, KernelResult, kernels_table, measure_kernels, result_fields
+from bench.limits import Limits, best_limits, limits_table, measure_limits
 from bench.local_server import LocalServer
 from bench.machine import describe_machine
 from bench.make_checkpoint import CheckpointFormat, make_checkpoint
@@ -26,12 +27,15 @@ from bench.serve import add_plan_arguments, make_plan, measure_now
 from bench.shapes import SHAPES, ModelShape
 from bench.table import format_table
 from bench.workload import W1, W4, WORKLOADS, Workload
+from kernels.backend import select
 
 BUILD: Final = Path("build/bench")
 RESULTS: Final = Path("bench/results")
 _SEED: Final = 1
 _QUICK_ROUNDS: Final = 2
 _QUICK_REQUESTS: Final = 12
+_PROBE_S: Final = 0.2
+_KERNEL_WEIGHTS: Final = ("bf16", "int8")
 
 
 class Weights(Enum):
@@ -63,12 +67,9 @@ class Floor:
 
 
 def floor_of(weights: Weights, shape: ModelShape, limits: Limits) -> Floor:
-    """W1's floor: every weight read once a token; a prompt's operations at the GEMM rate.
-
-    bfloat16 weights are multiplied as float32, whose order of sums the numerics contract names.
-    """
+    """W1's floor: every weight read once a token; a prompt's operations at the best GEMM rate for its weights."""
     is_bf16 = weights is Weights.BF16
-    rate = limits.gemm_float32 if is_bf16 else limits.gemm_int8
+    rate = max(limits.gemm_float32, limits.gemm_bfloat16) if is_bf16 else limits.gemm_int8
     weight_bytes = shape.decode_bytes(layer_weight_bytes=2 if is_bf16 else 1)
     return Floor(shape.prefill_flops(W1.prompt_tokens) / rate / 1e6, weight_bytes / limits.read / 1e6)
 
@@ -80,7 +81,6 @@ class SystemResult:
     weights: str
     commands: dict[str, str]
     start_s: dict[str, float]
-    floor: Floor
     measurement: Measurement
 
 
@@ -102,13 +102,20 @@ def servers(weights: Weights, model: Path, *, threads: int) -> tuple[LocalServer
     )
 
 
-def run_system(weights: Weights, options: argparse.Namespace, limits: Limits) -> SystemResult:
+def run_kernels(limits: Limits) -> tuple[list[KernelResult], Limits]:
+    """Every kernel, and the limits that were seen meanwhile."""
+    stored = [each for each in STORED if each.name in _KERNEL_WEIGHTS]
+    backend = select("cpu", threads=limits.threads)
+    return measure_kernels(backend, names=MEASURED_SHAPES, stored=stored, seconds=_PROBE_S, limits=limits)
+
+
+def run_system(weights: Weights, options: argparse.Namespace, *, threads: int) -> SystemResult:
     """Starts both servers, measures them in turns, ends them."""
     shape = SHAPES[options.shape]
     model = checkpoint(options.shape, weights.checkpoint)
     plan = make_plan(options, [_sized(WORKLOADS[name], options) for name in options.workloads])
     plan = dataclasses.replace(plan, vocab_size=shape.vocab_size)
-    both = servers(weights, model, threads=limits.threads)
+    both = servers(weights, model, threads=threads)
     with ExitStack() as stack:
         for server in both:
             stack.enter_context(server)
@@ -117,7 +124,6 @@ def run_system(weights: Weights, options: argparse.Namespace, limits: Limits) ->
         weights=weights.value,
         commands={server.name: server.command for server in both},
         start_s={server.name: server.start_s for server in both},
-        floor=floor_of(weights, shape, limits),
         measurement=measurement,
     )
 
@@ -128,10 +134,10 @@ def _sized(workload: Workload, options: argparse.Namespace) -> Workload:
     return workload
 
 
-def floor_table(results: Sequence[SystemResult]) -> str:
+def floor_table(results: Sequence[SystemResult], shape: ModelShape, limits: Limits) -> str:
     """W1 beside its floor: shares of what the machine can do."""
     rows = [
-        (system.weights, found.target, *_beside(found, system.floor))
+        (system.weights, found.target, *_beside(found, floor_of(Weights(system.weights), shape, limits)))
         for system in results
         for found in system.measurement.results
         if found.phase == W1.name
@@ -158,16 +164,22 @@ def main(argv: Sequence[str]) -> int:
     if options.quick:
         options.rounds = min(options.rounds, _QUICK_ROUNDS)
     limits = measure_limits(threads=options.threads)
-    print(f"limits of this machine\n\n{limits_table(limits)}\n")
+    kernels: list[KernelResult] = []
+    if not options.quick:
+        kernels, limits = run_kernels(limits)
+        print(f"kernels\n\n{kernels_table(kernels)}\n", flush=True)
     systems = []
     for name in options.weights:
-        system = run_system(Weights(name), options, limits)
+        system = run_system(Weights(name), options, threads=limits.threads)
+        limits = best_limits(limits, measure_limits(threads=limits.threads, seconds=_PROBE_S))
         systems.append(system)
         print(f"{name}\n\n{measurement_table(system.measurement)}\n", flush=True)
-    print(f"W1 beside its floor\n\n{floor_table(systems)}")
+    print(f"limits of this machine\n\n{limits_table(limits)}\n")
+    print(f"W1 beside its floor\n\n{floor_table(systems, SHAPES[options.shape], limits)}")
     content = {
         "command": ["python", "-m", "bench.run", *argv],
         "limits": dataclasses.asdict(limits),
+        "kernels": [result_fields(kernel) for kernel in kernels],
         "systems": [dataclasses.asdict(system) for system in systems],
     }
     write_result(RESULTS / f"{options.name}.json", content)

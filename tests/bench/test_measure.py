@@ -1,0 +1,150 @@
+"""Load and measurement against targets without a server: order, concurrency, due times, ratios, the table."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from bench.load import run_phase
+from bench.measure import Plan, measure, measurement_table
+from bench.record import Record, Slo
+from bench.target import Answer, TargetError
+from bench.workload import W3, W4, Phase, PlannedRequest, Workload
+from tests.loop import run
+
+SLO = Slo(1.0, 1.0)
+
+
+@dataclass
+class DoneAnswer:
+    """An answer that took `seconds` for each of its tokens."""
+
+    due_s: float
+    seconds: float
+    output_tokens: int
+
+    def record(self) -> Record:
+        arrivals = [self.due_s + self.seconds * (index + 1) for index in range(self.output_tokens)]
+        return Record(self.due_s, tuple(arrivals), self.output_tokens)
+
+
+@dataclass
+class FakeTarget:
+    """Answers after a few turns of the loop, and remembers what was asked when."""
+
+    name: str
+    log: list[str] = field(default_factory=list)
+    seconds: float = 0.01
+    fails_at: int = -1
+    prompts: list[Sequence[int]] = field(default_factory=list)
+    num_running: int = 0
+    most_running: int = 0
+    is_open: bool = False
+
+    async def open(self) -> None:
+        self.is_open = True
+
+    async def complete(self, prompt: Sequence[int], output_tokens: int, *, due_s: float) -> Answer:
+        if len(self.prompts) == self.fails_at:
+            raise TargetError("it broke")
+        self.prompts.append(prompt)
+        self.log.append(self.name)
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.num_running -= 1
+        return DoneAnswer(due_s, self.seconds, output_tokens)
+
+    async def close(self) -> None:
+        self.is_open = False
+
+
+def make_phase(count: int, concurrency: int | None, *, gap_s: float = 0.0) -> Phase:
+    return Phase("phase", tuple(PlannedRequest(gap_s * index, (index,)) for index in range(count)), concurrency, 2)
+
+
+def make_plan(*workloads: Workload, rounds: int = 2, rate: float | None = None) -> Plan:
+    return Plan(workloads=workloads, rounds=rounds, rate=rate, slo=SLO, seed=1, vocab_size=1000)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def test_a_closed_loop_never_runs_more_than_its_concurrency_and_sends_everything() -> None:
+    target = FakeTarget("a")
+    done = run(run_phase(target, make_phase(20, 4)))
+    assert target.most_running == 4
+    assert sorted(map(tuple, target.prompts)) == [(index,) for index in range(20)]
+    assert len(done.records) == 20
+    assert done.client_cpu_s >= 0.0
+
+
+def test_an_open_loop_sends_when_due_and_counts_from_then() -> None:
+    target = FakeTarget("a")
+    before = time.perf_counter()
+    done = run(run_phase(target, make_phase(3, None, gap_s=0.02)))
+    due = [record.due_s - done.records[0].due_s for record in done.records]
+    assert due == pytest.approx([0.0, 0.02, 0.04], abs=1e-6)
+    assert time.perf_counter() - before >= 0.04
+
+
+@pytest.mark.parametrize("concurrency", [2, None])
+def test_one_failure_ends_the_phase_with_its_cause(concurrency: int | None) -> None:
+    with pytest.raises(TargetError, match="it broke"):
+        run(run_phase(FakeTarget("a", fails_at=2), make_phase(6, concurrency)))
+
+
+def test_servers_take_turns_in_every_round() -> None:
+    log: list[str] = []
+    targets = [FakeTarget("a", log), FakeTarget("b", log)]
+    one = Workload(name="one", prompt_tokens=4, output_tokens=2, num_requests=2, concurrency=1)
+    run(measure(targets, make_plan(one, rounds=2), say=silent))
+    assert log == ["a", "b", *("a", "a", "b", "b") * 2]  # each is warmed up first
+    assert not any(target.is_open for target in targets)
+
+
+def test_no_prompt_is_sent_twice() -> None:
+    targets = [FakeTarget("a"), FakeTarget("b")]
+    one = Workload(name="one", prompt_tokens=8, output_tokens=1, num_requests=3, concurrency=3)
+    run(measure(targets, make_plan(one, rounds=3), say=silent))
+    prompts = [tuple(prompt) for target in targets for prompt in target.prompts]
+    assert len(set(prompts)) == len(prompts) == 2 * (1 + 9)
+
+
+def test_both_phases_of_a_shared_beginning_are_reported_for_every_server() -> None:
+    measurement = run(measure([FakeTarget("a"), FakeTarget("b")], make_plan(W3), say=silent))
+    named = [(result.phase, result.target, len(result.rounds)) for result in measurement.results]
+    assert named == [("W3 cold", "a", 2), ("W3 cold", "b", 2), ("W3 warm", "a", 2), ("W3 warm", "b", 2)]
+
+
+@pytest.mark.parametrize("given", [None, 500.0])
+def test_poisson_arrivals_come_at_the_given_rate_or_a_share_of_the_firsts_capacity(given: float | None) -> None:
+    small = Workload(name=W4.name, prompt_tokens=4, output_tokens=2, num_requests=8, concurrency=8)
+    first, said = FakeTarget("a"), list[str]()
+    measurement = run(measure([first, FakeTarget("b")], make_plan(small, rounds=1, rate=given), say=said.append))
+    # Eight at a time, each done in 20 ms of its own making: 400 per second at most, less what sending takes.
+    assert measurement.rate == given or 0.0 < measurement.rate <= 240.0
+    assert said[0] == f"W4: {measurement.rate:.2f} requests per second"
+    assert len(first.prompts) == 1 + 8 + (8 if given is None else 0)
+
+
+def test_targets_are_closed_when_one_fails() -> None:
+    targets = [FakeTarget("a"), FakeTarget("b", fails_at=0)]
+    with pytest.raises(TargetError, match="it broke"):
+        run(measure(targets, make_plan(), say=silent))
+    assert not any(target.is_open for target in targets)
+
+
+def test_the_table_compares_with_the_first_server() -> None:
+    one = Workload(name="one", prompt_tokens=4, output_tokens=2)
+    targets = [FakeTarget("slow", seconds=0.02), FakeTarget("fast", seconds=0.01)]
+    table = measurement_table(run(measure(targets, make_plan(one), say=silent))).splitlines()
+    slow, fast = table[2].split(), table[3].split()
+    assert slow[:3] == ["one", "slow", "20.0"]
+    assert slow[-3:] == ["–", "–", "–"]
+    assert fast[:3] == ["one", "fast", "10.0"]
+    assert fast[-3:] == ["0.500", "0.500", "2.00"]
