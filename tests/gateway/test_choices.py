@@ -1,13 +1,18 @@
 """Several choices of one request as clients of both doors read them: order, shapes, counts, and why each ended."""
 
+import dataclasses
 from typing import Any
 
 import grpc.aio
 import openai
 import pytest
 
+from gateway.model import SamplingDefaults
+from gateway.prepare import prepare
+from gateway.request import JourneyRequest, TextPrompt
 from staffetta.v1 import common_pb2
-from tests.gateway.running import asynchronous, generate, ids_of, play, running
+from staffetta.validate import Sampling
+from tests.gateway.running import asynchronous, demo_model, generate, ids_of, play, running
 from tests.gateway.test_rest import CHAT, HI, PLAIN, client_of, events_of
 
 A, B, C = (ids_of(letter)[0] for letter in "abc")
@@ -125,6 +130,19 @@ async def test_penalties_and_n_reach_the_worker_resolved_through_the_real_client
     assert (silent.n, silent.presence_penalty, silent.frequency_penalty, silent.repetition_penalty) == (1, 0, 0, 1)
     assert silent.HasField("repetition_penalty")
     assert not silent.HasField("prompt_logprobs")
+
+
+def test_the_models_own_repetition_penalty_applies_where_the_request_is_silent() -> None:
+    defaults = SamplingDefaults(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.5)
+    model = dataclasses.replace(demo_model(), defaults=defaults)
+
+    def penalty(asked: float | None) -> float:
+        sampling = Sampling(repetition_penalty=asked)
+        request = JourneyRequest(id="x", model="", prompt=TextPrompt("x"), sampling=sampling, arrival=0.0)
+        prepared = prepare(request, model, max_model_len=2048, cluster_key=bytes(16), block_sizes=())
+        return prepared.sampling.repetition_penalty
+
+    assert (penalty(None), penalty(1.25)) == (1.5, 1.25)
 
 
 @asynchronous
