@@ -54,7 +54,7 @@ class AttemptStage(Enum):
     READY = "ready"
     GRANTED = "granted"
     LANDED = "landed"
-    """All KV is here; only the first token is missing."""
+    """All KV is here; only first tokens are missing."""
 
 
 @dataclass(slots=True, eq=False)

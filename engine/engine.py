@@ -18,13 +18,14 @@ from engine.cache.pool import BlockPool
 from engine.cache.prefix import CacheEvents, DisabledPrefixCache, PrefixCache
 from engine.cache.source import KVSource
 from engine.counts import EngineCounts, count
-from engine.forking import first_outputs, fork
+from engine.forking import fork
 from engine.live import LiveSequences
 from engine.planning import EngineLimits, StepPlan
-from engine.request import FinishReason, PromptToken, Request, RequestId, RequestKind, SequenceOutput, StepOutput
+from engine.reporting import choice_output, first_outputs, prefill_output
+from engine.request import FinishReason, Request, RequestId, RequestKind, SequenceOutput, StepOutput
 from engine.scheduler import Scheduler, SliceOutcome
 from engine.sequence import Sequence, SequenceState
-from engine.step import Runner, SequenceSlice, SliceResult
+from engine.step import Runner, SequenceSlice
 from staffetta import failpoint
 from staffetta.errors import InvalidRequestError, QueueFullError, StepFailedError
 from staffetta.hashing import BlockHasher
@@ -207,57 +208,22 @@ class Engine:
         """Books what a step brought for one sequence, and makes its outputs; none when there is nothing to tell."""
         if isinstance(outcome, StepFailedError):
             return self._end(Ending(sequence, sequence.open_choices, FinishReason.ERROR, outcome))
-        prompt_tokens = sequence.take_scored(outcome.prompt_tokens)
+        result, now = outcome, self._clock()
+        prompt_tokens = sequence.take_scored(result.prompt_tokens)
         if sequence.is_prefill:
-            output = self._report_prefill(sequence, outcome, prompt_tokens)
-        elif sequence.is_unforked and outcome.tokens:
-            return self._report_first_tokens(sequence, outcome, prompt_tokens)
+            output = prefill_output(sequence, result, prompt_tokens, pool=self._pool, now=now)
+            if output.tokens:
+                self._scheduler.remove(sequence)
+                sequence.state = SequenceState.HELD
+        elif sequence.is_unforked and result.tokens:
+            outputs = first_outputs(sequence, result, prompt_tokens, now=now)
+            self._fork(sequence)
+            return outputs
         else:
-            output = self._report_choice(sequence, outcome, prompt_tokens)
+            output = choice_output(sequence, result, prompt_tokens, now=now)
+            if output.finish_reason is not None:
+                self._retire(sequence)
         return [output] if output.tokens or output.prompt_tokens or output.final_blocks else []
-
-    def _report_choice(
-        self, sequence: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...]
-    ) -> SequenceOutput:
-        (choice, *_), tokens = sequence.choices, result.tokens
-        reason = sequence.append(tokens[0], now=self._clock()) if tokens else None
-        stats = None
-        if reason is not None:
-            self._retire(sequence)
-            stats = sequence.stats(now=self._clock())
-        return SequenceOutput(
-            sequence.request_id, choice, tokens=tokens, prompt_tokens=prompt_tokens, finish_reason=reason, stats=stats
-        )
-
-    def _report_first_tokens(
-        self, parent: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...]
-    ) -> list[SequenceOutput]:
-        """Forks a sequence. First tokens that are known from elsewhere have been told; these are the same ones."""
-        outputs: list[SequenceOutput] = []
-        if not parent.first_tokens:
-            parent.learn_first_tokens(result.tokens, now=self._clock())
-            outputs = first_outputs(parent, prompt_tokens, now=self._clock())
-        self._fork(parent)
-        return outputs
-
-    def _report_prefill(
-        self, sequence: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...]
-    ) -> SequenceOutput:
-        final_blocks = sequence.new_final_blocks(self._pool)
-        stats = None
-        if result.tokens:
-            sequence.learn_first_tokens(result.tokens, now=self._clock())
-            self._scheduler.remove(sequence)
-            sequence.state = SequenceState.HELD
-            stats = sequence.stats(now=self._clock())
-        return SequenceOutput(
-            sequence.request_id,
-            sequence.choices[0],
-            tokens=result.tokens,
-            prompt_tokens=prompt_tokens,
-            final_blocks=final_blocks,
-            stats=stats,
-        )
 
     def _fork(self, parent: Sequence) -> None:
         """Lets every choice of `parent` that is still open run on its own."""

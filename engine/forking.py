@@ -4,7 +4,6 @@ Forks share every block of their parent, the last, part-full one included. Nobod
 write into a block that others hold gets a copy of it in that step's plan, and the last holder writes in place.
 """
 
-from engine.request import PromptToken, SequenceOutput
 from engine.sequence import Sequence, SequenceState
 
 
@@ -18,26 +17,6 @@ def fork(parent: Sequence) -> list[Sequence]:
     parent.release_blocks()
     parent.state = SequenceState.FINISHED
     return forks
-
-
-def first_outputs(parent: Sequence, prompt_tokens: tuple[PromptToken, ...], *, now: float) -> list[SequenceOutput]:
-    """What the choices of `parent` have to tell when their first tokens are new; those that end by them are closed."""
-    stats = parent.stats(now=now)
-    outputs: list[SequenceOutput] = []
-    for choice, token in parent.first_tokens.items():
-        reason = parent.request.sampling.finish_reason(token)
-        outputs.append(
-            SequenceOutput(
-                parent.request_id,
-                choice,
-                tokens=(token,),
-                prompt_tokens=() if outputs else prompt_tokens,
-                finish_reason=reason,
-                stats=None if reason is None else stats,
-            )
-        )
-    parent.open_choices = tuple(output.choice_index for output in outputs if output.finish_reason is None)
-    return outputs
 
 
 def _fork_of(parent: Sequence, choice: int) -> Sequence:

@@ -10,10 +10,9 @@ from enum import Enum
 from typing import NamedTuple
 
 from engine.cache.lease import BlockLease
-from engine.cache.pool import BlockPool, IntegrityError
+from engine.cache.pool import IntegrityError
 from engine.cache.prefix import PrefixCache
 from engine.request import (
-    FinalBlock,
     FinishReason,
     PromptToken,
     Request,
@@ -279,25 +278,6 @@ class Sequence:
         self.num_recomputed_tokens += max(0, min(end, self.max_computed_tokens) - start)
         self.num_local_prompt_tokens += max(0, min(end, self.num_prompt_tokens) - first_new)
         self.max_computed_tokens = max(self.max_computed_tokens, end)
-
-    def new_final_blocks(self, pool: BlockPool) -> tuple[FinalBlock, ...]:
-        """Blocks of a PREFILL that became final since the last call; the last one may be part full."""
-        size, num_tokens = self.hasher.block_size, self.num_prompt_tokens
-        is_complete = self.num_computed_tokens >= num_tokens
-        num_final = self.num_prompt_blocks if is_complete else self.num_computed_tokens // size
-        chain = self.chain(min(num_final, num_tokens // size))
-        blocks = [
-            FinalBlock(
-                block_id=self.lease.table[index],
-                block_index=index,
-                num_tokens=min(size, num_tokens - index * size),
-                generation=pool.generation(self.lease.table[index]),
-                chain_hash=chain[index] if index < len(chain) else None,
-            )
-            for index in range(self.num_reported_blocks, num_final)
-        ]
-        self.num_reported_blocks = num_final
-        return tuple(blocks)
 
     def stats(self, *, now: float) -> SequenceStats:
         """What it cost up to `now`."""

@@ -7,8 +7,9 @@ from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
 from engine.engine import Engine
 from engine.fake import FakeRunner, expected_tokens
-from engine.forking import first_outputs, fork
+from engine.forking import fork
 from engine.planning import EngineLimits, PlannedSlice, StepPlan
+from engine.reporting import first_outputs
 from engine.request import Request, RequestId, RequestKind, SampledToken
 from engine.scheduler import Scheduler, SliceOutcome
 from engine.sequence import Sequence, SequenceId, SequenceState
@@ -257,8 +258,7 @@ class Books:
             for choice, token in zip(sequence.choices, tokens, strict=bool(tokens)):
                 self.tokens.setdefault(SequenceId(sequence.request_id, choice), []).append(token)
             if tokens and sequence.is_unforked:
-                sequence.learn_first_tokens(tokens, now=0.0)
-                first_outputs(sequence, (), now=0.0)
+                first_outputs(sequence, SliceResult(tokens), (), now=0.0)
                 self.scheduler.remove(sequence)
                 for each in fork(sequence):
                     self.scheduler.start(each)
