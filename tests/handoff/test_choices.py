@@ -362,7 +362,7 @@ async def test_a_failed_hand_off_ends_every_choice_when_none_may_recover() -> No
 async def test_another_first_token_than_the_hand_off_brought_ends_every_choice_and_frees_every_block() -> None:
     async with prefill_worker() as prefill, decode_worker(prefill) as decode, client_of(decode) as client:
         prefill.faults.hold()
-        answer = client.start(PROMPT, sampling=DRAWN)
+        answer = client.start(PROMPT, sampling=DRAWN, credit=2)  # not cancelled, it would wait for more for ever
         await until_first_tokens(answer)
         drawn = SampledToken(0, (answer.tokens_of[1][0].token_id + 1) % VOCAB_SIZE)
         news = SequenceOutput(RequestId(answer.request_id), 1, tokens=(drawn,))
