@@ -124,8 +124,9 @@ class FinalBlock:
 
 @dataclass(frozen=True, slots=True)
 class SequenceStats:
-    """What one sequence cost. Durations in seconds, counts in tokens.
+    """What one choice cost. Durations in seconds, counts in tokens.
 
+    What happened before the choices of a request went apart, each of them tells as its own.
     `queue_s`: arrival to first computation. `prefill_s`: first computation to first token. `num_cached_tokens`:
     prompt tokens taken from the local prefix cache at first. `num_recomputed_tokens`: tokens computed a second time
     after preemption.
