@@ -328,9 +328,9 @@ class History:
 
 
 @pytest.mark.parametrize("has_source", [False, True], ids=["local", "with source"])
-@pytest.mark.parametrize("first_seed", range(0, 200, 50))
+@pytest.mark.parametrize("first_seed", range(0, 160, 40))
 def test_every_request_ends_as_if_alone_and_every_block_comes_back(first_seed: int, has_source: bool) -> None:
-    for seed in range(first_seed, first_seed + 50):
+    for seed in range(first_seed, first_seed + 40):
         history = History(seed, has_source=has_source)
         try:
             for _ in range(120):
