@@ -60,12 +60,11 @@ class Handoff:
     """From the first chunk on; renewed by every sign of life of the session."""
     held_until: float = math.inf
     """From the first chunk on; no sign of life goes beyond it."""
+    choices: tuple[int, ...] = field(init=False)
+    """Those whose first tokens are wanted."""
 
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """The choices whose first tokens are wanted."""
-        return choices_from_proto(
-            self.start.sampling,
-            first_token_index=self.start.first_token_index,
-            choice_index=self.start.choice_index,
+    def __post_init__(self) -> None:
+        start = self.start
+        self.choices = choices_from_proto(
+            start.sampling, first_token_index=start.first_token_index, choice_index=start.choice_index
         )

@@ -69,7 +69,7 @@ class WorkerConfig(ModelConfig):
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_requests: int = setting(
-        1024, "requests held at once, running and waiting; beyond it they are refused", minimum=1
+        1024, "choices held at once, of requests running and waiting; beyond it requests are refused", minimum=1
     )
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     transports: tuple[Literal["shm", "tcp", "loopback"], ...] = setting(("shm", "tcp"), "transports to offer and use")
