@@ -11,7 +11,9 @@ from itertools import permutations, product
 
 import pytest
 
-from tests.decode_svc.scripted import Script
+from engine.cache.source import KVFailed, KVLanded
+from engine.request import Request
+from tests.decode_svc.scripted import STOP, Script, make_request
 from tests.rpc.in_loop import in_loop
 
 BASE = ("chunk 0", "chunk 1", "token", "grant")
@@ -24,14 +26,17 @@ def orders(*moves: str) -> Iterator[tuple[str, ...]]:
             yield order
 
 
-async def play(order: tuple[str, ...], *, settles: bool | tuple[bool, ...]) -> Script:
+async def play(order: tuple[str, ...], *, settles: bool | tuple[bool, ...], request: Request | None = None) -> Script:
     """Makes the moves in that order; `settles` says after which of them the loop takes its turns."""
-    script = Script()
+    script = Script(request=request)
     moves = {
         "chunk 0": lambda: script.chunk(0),
         "chunk 1": lambda: script.chunk(1),
         "corrupt": lambda: script.chunk(entries=[replace(script.entry(1), head_checksums=(1, 2))]),
         "token": script.first_tokens,
+        "scores 0": lambda: script.prompt_logprobs(1, 2, 3),
+        "scores 1": lambda: script.prompt_logprobs(4, 5, 6),
+        "tokens": lambda: script.first_tokens(STOP, 42),
         "grant": script.grant,
         "fail": script.fail,
         "abandon": script.abandon,
@@ -130,5 +135,29 @@ def test_in_every_order_a_corrupt_block_fails_and_never_lands(settles: bool) -> 
             landed = [kind for kind in script.kinds() if kind.startswith("landed")]
             assert landed == ["landed 4"]
             assert {"failed", "quiesced"} <= set(script.kinds())
+
+    run()
+
+
+@pytest.mark.usefixtures("_verify_at_once")
+@pytest.mark.parametrize("settles", [True, False], ids=["turns", "burst"])
+def test_in_every_order_with_a_failure_two_choices_and_the_scored_prompt_are_sent_in_order(settles: bool) -> None:
+    request = make_request(choices=(0, 1), num_prompt_logprobs=0)
+
+    @in_loop
+    async def run() -> None:
+        endings: set[bool] = set()
+        for order in orders("chunk 0", "chunk 1", "scores 0", "scores 1", "tokens", "grant", "fail"):
+            if not order.index("scores 0") < order.index("scores 1") < order.index("tokens"):
+                continue
+            script = await play(order, settles=settles, request=request)
+            script.check(is_abandoned=False)
+            positions = [token.position for token in script.prompt_tokens]
+            assert positions in ([], [1, 2, 3], [1, 2, 3, 4, 5, 6]), order
+            assert not script.events(tuple) or len(positions) == 6, order
+            has_landed = any(event.is_last for event in script.events(KVLanded))
+            assert has_landed is not bool(script.events(KVFailed)), order
+            endings.add(has_landed)
+        assert endings == ({True, False} if settles else {False})
 
     run()
