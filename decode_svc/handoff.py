@@ -1,6 +1,6 @@
 """One attempt to bring a prompt's KV from a prefill worker: the state machine of the hand-off, on the event loop.
 
-    OPEN ──first chunk, blocks granted──▶ PULLING ──all verified, first token known──▶ COMMITTED
+    OPEN ──first chunk, blocks granted──▶ PULLING ──all verified, first tokens known──▶ COMMITTED
       └──────────────┬──────────────────────┘
              FAILED (the peer, the bytes or the clock) or ABANDONED (the request is gone)
                      ▼
@@ -142,9 +142,10 @@ class Handoff:
         A later attempt's are the same tokens and go to the engine alone, which may have missed the earlier: it drops
         news of an attempt that it has just given up.
         """
-        wanted = [self.request.first_token_index] * len(self.request.choices)
-        if [token.index for token in message.tokens] != wanted:
-            self.stop(ProtocolError(f"{len(message.tokens)} first tokens came for {len(wanted)} choices"))
+        index, num_choices = self.request.first_token_index, len(self.request.choices)
+        if [token.index for token in message.tokens] != [index] * num_choices:
+            came = f"{len(message.tokens)} first tokens came"
+            self.stop(ProtocolError(f"{came} where one of index {index} was due for each of {num_choices} choices"))
             return
         if self._num_scored != self._num_to_score:
             self.stop(ProtocolError(f"first tokens came with {self._num_scored} prompt tokens scored"))
