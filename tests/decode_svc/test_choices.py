@@ -36,9 +36,8 @@ def test_first_tokens_that_are_not_one_for_each_choice_fail_the_attempt(token_id
         await ended(script)
         assert script.kinds() == ["failed"]
         (failed,) = script.events(KVFailed)
-        assert failed.error.message == (
-            f"the hand-off failed: {len(token_ids)} first tokens came where one of index 0 was due for each of 3 choices"
-        )
+        came = f"{len(token_ids)} first tokens came"
+        assert failed.error.message == f"the hand-off failed: {came} where one of index 0 was due for each of 3 choices"
 
     run()
 
