@@ -33,13 +33,14 @@ def test_ctrl_c_lets_running_requests_finish_and_takes_no_new_ones(cluster: Clus
                 if len(responses) == 3:
                     cluster.process.send_signal(signal.SIGINT)
                     await asyncio.to_thread(cluster.log.wait_for, "draining", timeout_s=5)
+                    # Asked now, not after the end: once nothing runs, the doors close and calls are cut.
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await client.generate(timeout_s=5, tokens={"token_ids": TOKEN_IDS}, sampling=greedy(1))
+                    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
             answer = make_answer(
                 responses[0].started, [response.delta for response in responses[1:-1]], responses[-1].finished
             )
             assert (answer.finish_reason, len(answer.token_ids)) == ("length", 600)
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await client.generate(timeout_s=5, tokens={"token_ids": TOKEN_IDS}, sampling=greedy(1))
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
     run(interrupt())
     assert cluster.process.wait(END_S) == 0
