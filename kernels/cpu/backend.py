@@ -19,6 +19,7 @@ from kernels.backend import Rotation, Spans, WeightFormat, check_scales
 from kernels.cpu import LIBRARY_PATH
 from kernels.cpu import library as abi
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
+from kernels.cpu.memory import WeightMemory
 from kernels.reference import rope_tables
 from kernels.rope import Rope
 from kernels.sampling import TokenDraw, TokenScores
@@ -31,7 +32,7 @@ _MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
 
 
 class CpuLinear:
-    """A linear layer in panels of 32 outputs, with its epilogue. Owns its memory; the given tensors are not kept."""
+    """A linear layer in panels of 32 outputs, with its epilogue. Keeps no tensor that it is given."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class CpuLinear:
         library, padded = backend.library, -(-outputs // _PANEL) * _PANEL
         self._backend = backend
         self._out_features = outputs if gated_outputs is None else gated_outputs
-        self._panels = torch.empty(library.staffetta_packed_bytes(kind, outputs, inputs), dtype=torch.uint8)
+        self._panels = backend.weight_memory.take(library.staffetta_packed_bytes(kind, outputs, inputs))
         if scales is None:
             self._scales = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.float32)
         else:
@@ -122,6 +123,7 @@ class CpuBackend:
         if self.isa > best:
             raise ValueError(f"this machine has {best.name.lower()} at best, not {self.isa.name.lower()}")
         self.threads = threads
+        self.weight_memory = WeightMemory()
 
     @property
     def name(self) -> str:
