@@ -32,14 +32,20 @@ def philox4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.
 def uniform(token_ids: NDArray[np.int64], *, seed: int, choice: int, output_index: int) -> NDArray[np.float64]:
     """One number per token, in the open interval (0, 1), all multiples of 2^-53 with 52 random bits.
 
-    token_ids: [n]. Returns [n]. `seed` is the whole 64-bit key; token, output position and choice make the counter, so
-    numbers of different ones are unrelated. Each is taken modulo its width: 64 bits for the seed, 32 for the others.
+    token_ids: [n]. Returns [n]. `seed` is the whole 64-bit key; the counter is (token / 4, output position, choice,
+    part), so numbers of different ones are unrelated, and word token mod 4 of the block is the token's: that of part 0
+    for the upper 32 bits, that of part 1 for the others. Each is taken modulo its width: 64 bits for the seed, 32 for
+    the others.
     """
-    counter = np.zeros((4, len(token_ids)), dtype=np.uint64)
-    counter[0] = token_ids
-    counter[1] = output_index & 0xFFFFFFFF
-    counter[2] = choice & 0xFFFFFFFF
-    words = philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))
+    columns = np.arange(len(token_ids))
+    words = []
+    for part in range(2):
+        counter = np.zeros((4, len(token_ids)), dtype=np.uint64)
+        counter[0] = token_ids // 4
+        counter[1] = output_index & 0xFFFFFFFF
+        counter[2] = choice & 0xFFFFFFFF
+        counter[3] = part
+        words.append(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))[token_ids % 4, columns])
     bits = (words[0] << np.uint64(20)) | (words[1] >> np.uint64(12))
     numbers: NDArray[np.float64] = (bits.astype(np.float64) + 0.5) * 2.0**-52
     return numbers

@@ -32,9 +32,9 @@ class Penalties(NamedTuple):
 class TokenDraw(NamedTuple):
     """One token to draw from row `row` of the logits.
 
-    `temperature` 0 takes the likeliest token; `top_k` 0 and `top_p` 1 keep all. The key of the noise is `seed`, 64
-    bits, and its counter (token, `output_index`, `choice`). `banned` tokens are out of the question. Ids outside the
-    vocabulary, banned or seen, are passed over.
+    `temperature` 0, or so near that float32 cannot hold 1 / temperature, takes the likeliest token; `top_k` 0 and
+    `top_p` 1 keep all. The noise is a function of `seed`, 64 bits, the token, `output_index` and `choice`. `banned`
+    tokens are out of the question. Ids outside the vocabulary, banned or seen, are passed over.
     """
 
     row: int
@@ -60,13 +60,13 @@ class TokenScores(NamedTuple):
 
 
 def sample(logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
-    """Draws tokens: argmax over kept tokens i of (z_i - max z) / temperature + noise_i, of equals the lower id.
+    """Draws tokens: argmax over kept tokens i of (z_i - max z) rate + noise_i, of equals the lower id.
 
-    z is the row after penalties and bans. Repetition: z / r where z > 0, else z r, for every token seen; then
-    z - frequency x count and z - presence for every token of the output (Keskar et al. 2019, arXiv 1909.05858, section
-    4.1, with both signs). Kept are the top_k largest z, ties to the lower id; of these, in falling order, the fewest
-    whose weights reach top_p of their total (Holtzman et al. 2019, arXiv 1904.09751, section 3.1), with weights
-    round(2^30 exp((z_i - max z) / temperature)). Gumbel noise makes the argmax a draw from the softmax.
+    z is the row after penalties and bans, rate is 1 / temperature. Repetition: z / r where z > 0, else z r, for every
+    token seen; then z - frequency x count and z - presence for every token of the output (Keskar et al. 2019,
+    arXiv 1909.05858, section 4.1, with both signs). Kept are the top_k largest z, ties to the lower id; of these, in
+    falling order, the fewest whose weights reach top_p of their total (Holtzman et al. 2019, arXiv 1904.09751, section
+    3.1), with weights round(2^30 exp((z_i - max z) rate)). Gumbel noise makes the argmax a draw from the softmax.
 
     logits: [rows, vocab_size], float32, on the CPU; not written to. Returns [len(draws)], int64. Raises ArithmeticError
     for a row with a NaN or an infinity, or with nothing left to choose. Bytes: 4 rows vocab_size.
@@ -100,10 +100,13 @@ def _draw(logits: NDArray[np.float32], draw: TokenDraw) -> int:
     largest = z.max()
     if largest == -np.inf:
         raise ArithmeticError("every token is banned")
-    if draw.temperature == 0:
-        return int(z.argmax())
-    with np.errstate(over="ignore"):
-        scores = (z - largest) / np.float32(draw.temperature)
+    if largest == np.inf:
+        raise ArithmeticError("the model's logits are not finite")
+    with np.errstate(over="ignore", divide="ignore"):
+        rate = np.float32(1) / np.float32(draw.temperature)
+        if rate == np.inf:
+            return int(z.argmax())
+        scores = (z - largest) * rate
     kept = _kept(z, scores, draw)
     noise = gumbel(kept, seed=draw.seed, choice=draw.choice, output_index=draw.output_index)
     return int(kept[(scores[kept].astype(np.float64) + noise).argmax()])
@@ -117,7 +120,8 @@ def _adjusted(logits: NDArray[np.float32], draw: TokenDraw) -> NDArray[np.float3
     if draw.penalties is not None:
         repetition, presence, frequency = (np.float32(penalty) for penalty in draw.penalties[:3])
         seen = _within([*draw.penalties.prompt_token_ids, *draw.penalties.output_token_ids], len(z))
-        z[seen] = np.where(z[seen] > 0, z[seen] / repetition, z[seen] * repetition)
+        with np.errstate(over="ignore"):
+            z[seen] = np.where(z[seen] > 0, z[seen] / repetition, z[seen] * repetition)
         ids, counts = np.unique(_within(draw.penalties.output_token_ids, len(z)), return_counts=True)
         z[ids] = (z[ids] - frequency * counts.astype(np.float32)) - presence
     z[_within(draw.banned, len(z))] = -np.inf

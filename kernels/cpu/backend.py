@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels import sampling
 from kernels.backend import Rotation, Spans, WeightFormat, check_scales
-from kernels.cpu import LIBRARY_PATH
+from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
 from kernels.cpu.memory import WeightMemory
@@ -315,15 +314,11 @@ class CpuBackend:
 
     def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
         """See `kernels.sampling.sample`."""
-        return sampling.sample(logits, draws)
+        return sampling.sample(self, logits, draws)
 
     def score_tokens(self, logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> TokenScores:
         """See `kernels.sampling.score_tokens`."""
-        logprobs = self.log_softmax(logits[rows])
-        if not logprobs.isfinite().all():
-            raise ArithmeticError("the model's logits are not finite")
-        top_ids = self.largest(logprobs, count)
-        return TokenScores(logprobs.gather(1, targets[:, None])[:, 0], top_ids, logprobs.gather(1, top_ids))
+        return sampling.score_tokens(self, logits, at=rows, targets=targets, count=count)
 
 
 def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:

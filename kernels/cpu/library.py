@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.backend import BackendUnavailableError
 from kernels.cpu import LIBRARY_PATH
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_GROUP = 96
 """Query heads that may share a KV head."""
 
@@ -111,6 +111,17 @@ class RotateArguments(Structure):
     )
 
 
+class ScoreArguments(Structure):
+    """See `abi.h`."""
+
+    _fields_ = (
+        ("logits", Matrix),
+        ("num_rows", c_int64),
+        ("num_top", c_int64),
+        *((name, c_void_p) for name in ("rows", "targets", "logprobs", "top_ids", "top_logprobs")),
+    )
+
+
 _MATRIX = POINTER(Matrix)
 _CALL = (c_int32, c_int32)  # instruction set, threads
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -124,6 +135,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "layer_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
     "rotate_and_write": (c_int32, (*_CALL, POINTER(RotateArguments), POINTER(Pages), c_int64)),
     "log_softmax": (c_int32, (*_CALL, _MATRIX, _MATRIX)),
+    "sample": (c_int32, (*_CALL, _MATRIX, c_void_p, c_int64, c_void_p, c_void_p)),
+    "score_tokens": (c_int32, (*_CALL, POINTER(ScoreArguments))),
     "embedding": (c_int32, (c_void_p, _MATRIX, _MATRIX)),
     "argmax": (None, (c_int32, _MATRIX, c_void_p)),
     "largest": (None, (c_int32, _MATRIX, c_int64, c_void_p)),

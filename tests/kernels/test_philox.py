@@ -33,11 +33,15 @@ def test_columns_do_not_influence_one_another() -> None:
     assert philox4x32(counters, (9, 8)).T.tolist() == alone
 
 
-def test_uniform_uses_the_first_two_words_of_the_block_of_seed_token_position_and_choice() -> None:
-    seed, token, position, choice = 0xA4093822_299F31D0, 77, 5, 3
-    words = philox4x32(np.array([[token], [position], [choice], [0]], dtype=np.uint64), (0x299F31D0, 0xA4093822))[:, 0]
-    expected = ((int(words[0]) << 20 | int(words[1]) >> 12) + 0.5) / 2**52
-    assert uniform(np.array([token]), seed=seed, choice=choice, output_index=position).tolist() == [expected]
+def test_four_tokens_share_the_blocks_of_two_parts_a_word_of_each_for_each() -> None:
+    seed, position, choice = 0xA4093822_299F31D0, 5, 3
+    upper, lower = (
+        philox4x32(np.array([[19], [position], [choice], [part]], dtype=np.uint64), (0x299F31D0, 0xA4093822))[:, 0]
+        for part in (0, 1)
+    )
+    expected = [((int(high) << 20 | int(low) >> 12) + 0.5) / 2**52 for high, low in zip(upper, lower, strict=True)]
+    tokens = np.array([76, 77, 78, 79])
+    assert uniform(tokens, seed=seed, choice=choice, output_index=position).tolist() == expected
 
 
 def test_a_token_has_the_same_number_whichever_tokens_are_asked_with_it() -> None:

@@ -1,18 +1,20 @@
 """A pytest plugin that breaks the rule on random numbers: it draws them from one stream, in the order of the batch."""
 
-import numpy as np
-import pytest
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from itertools import count
 
-from engine import sampler
+import pytest
+from torch import Tensor
+
+from kernels.cpu.backend import CpuBackend
+from kernels.sampling import TokenDraw
 
 
 @pytest.fixture(autouse=True)
 def draw_from_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = np.random.default_rng(0)
+    sample, stream = CpuBackend.sample, count()
 
-    def gumbel(token_ids: NDArray[np.int64], *, seed: int, choice: int, output_index: int) -> NDArray[np.float64]:
-        del seed, choice, output_index
-        return stream.gumbel(size=len(token_ids))
+    def sample_in_order(backend: CpuBackend, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
+        return sample(backend, logits, [draw._replace(seed=0, output_index=next(stream)) for draw in draws])
 
-    monkeypatch.setattr(sampler, "gumbel", gumbel)
+    monkeypatch.setattr(CpuBackend, "sample", sample_in_order)

@@ -113,6 +113,20 @@ int32_t staffetta_log_softmax(int32_t set, int32_t threads, const Matrix* logits
   return guarded([&] { kernels_of(set).log_softmax(*logits, *out, threads); });
 }
 
+int32_t staffetta_sample(int32_t set, int32_t threads, const Matrix* logits, const Draw* draws, int64_t num_draws,
+                         const int64_t* token_ids, int64_t* tokens) {
+  for (int64_t d = 0; d < num_draws; ++d)
+    if (draws[d].row < 0 || draws[d].row >= logits->rows) return kOutOfRange;
+  return guarded([&] { kernels_of(set).sample(*logits, draws, num_draws, token_ids, tokens, threads); });
+}
+
+int32_t staffetta_score_tokens(int32_t set, int32_t threads, const ScoreArguments* call) {
+  if (!are_within(call->rows, call->num_rows, call->logits.rows) ||
+      !are_within(call->targets, call->num_rows, call->logits.columns))
+    return kOutOfRange;
+  return guarded([&] { kernels_of(set).score_tokens(*call, threads); });
+}
+
 // Rows of a table: out[t] = table[token_ids[t]]. Bytes: 2 rows columns b.
 int32_t staffetta_embedding(const int64_t* token_ids, const Matrix* table, const Matrix* out) {
   if (!are_within(token_ids, out->rows, table->rows)) return kOutOfRange;

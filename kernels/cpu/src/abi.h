@@ -5,7 +5,7 @@
 #include <cstdint>
 
 // Grows when the bits of any result may have changed.
-#define STAFFETTA_ABI_VERSION 1
+#define STAFFETTA_ABI_VERSION 2
 
 enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 // int8 is for weights alone.
@@ -61,6 +61,28 @@ struct RotateArguments {
   const int64_t *positions, *slots;  // [num_tokens]
 };
 
+// One token to draw. Its ids, in the array that all draws share, are those of the prompt, the output and the banned, one
+// after another from first_id on.
+struct Draw {
+  int64_t row, top_k;  // top_k 0: all
+  uint64_t seed;
+  int64_t first_id, num_prompt, num_output, num_banned;
+  double top_p;
+  float temperature, repetition, presence, frequency;
+  uint32_t choice, output_index;
+};
+// What stands in the place of a token that could not be drawn.
+enum DrawFailure : int64_t { kNotFinite = -1, kAllBanned = -2 };
+
+struct ScoreArguments {
+  Matrix logits;                 // float32
+  int64_t num_rows, num_top;     // num_top up to the number of columns
+  const int64_t *rows, *targets;  // [num_rows]
+  float* logprobs;               // [num_rows]
+  int64_t* top_ids;              // [num_rows, num_top]
+  float* top_logprobs;
+};
+
 // One instruction set's functions, in the order of the sources.
 struct Kernels {
   void (*linear)(const PackedWeight&, const Matrix& x, const Matrix& residual, const Matrix& out, int threads);
@@ -71,6 +93,9 @@ struct Kernels {
                      const Matrix& sum, const Matrix& out, int threads);
   void (*rotate_and_write)(const RotateArguments&, const Pages&, int threads);
   void (*log_softmax)(const Matrix& logits, const Matrix& out, int threads);
+  void (*sample)(const Matrix& logits, const Draw* draws, int64_t num_draws, const int64_t* token_ids, int64_t* tokens,
+                 int threads);
+  void (*score_tokens)(const ScoreArguments&, int threads);
 };
 
 extern const Kernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_avx512bf16;

@@ -5,9 +5,12 @@
 #include "linear.h"
 #include "attention.h"
 #include "rows.h"
+#include "sample.h"
 
 namespace STAFFETTA_ISA {
 
-constexpr Kernels table() { return {linear, attention, rms_norm, layer_norm, rotate_and_write, log_softmax}; }
+constexpr Kernels table() {
+  return {linear, attention, rms_norm, layer_norm, rotate_and_write, log_softmax, sample, score_tokens};
+}
 
 }  // namespace STAFFETTA_ISA

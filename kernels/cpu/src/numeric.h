@@ -159,8 +159,18 @@ inline Vec tanh(Vec x) {
   return copy_sign(sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f)))), x);
 }
 
-// Natural logarithm of a positive normal float, in double: x = m 2^n with m about 1,
-// ln m = 2 (s + s^3 / 3 + s^5 / 5 ...) with s = (m - 1) / (m + 1), |s| < 0.172; the first dropped term is below 1e-17.
+// ln m for m in [1 / sqrt(2), sqrt(2)]: 2 (s + s^3 / 3 + s^5 / 5 ...) with s = (m - 1) / (m + 1), |s| < 0.172; the first
+// dropped term is below 1e-17.
+inline double log_near_1(double m) {
+  const double s = (m - 1.0) / (m + 1.0), square = s * s;
+  double series = 0.0;
+  for (int term = 21; term >= 1; term -= 2) series = series * square + 1.0 / term;
+  return 2.0 * s * series;
+}
+
+constexpr double kLn2 = 0.693147180559945309;
+
+// Natural logarithm of a positive normal float, in double: x = m 2^n with m about 1.
 inline float log(float x) {
   if (!(x < std::numeric_limits<float>::infinity())) return x;
   uint32_t bits;
@@ -173,10 +183,22 @@ inline float log(float x) {
     m *= 0.5f;
     ++exponent;
   }
-  const double s = (static_cast<double>(m) - 1.0) / (static_cast<double>(m) + 1.0), square = s * s;
-  double series = 0.0;
-  for (int term = 21; term >= 1; term -= 2) series = series * square + 1.0 / term;
-  return static_cast<float>(exponent * 0.693147180559945309 + 2.0 * s * series);
+  return static_cast<float>(exponent * kLn2 + log_near_1(m));
+}
+
+// Natural logarithm of a positive normal double, likewise.
+inline double log(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  int exponent = static_cast<int>(bits >> 52) - 1023;
+  bits = (bits & 0xfffffffffffffu) | 0x3ff0000000000000u;
+  double m;
+  std::memcpy(&m, &bits, 8);
+  if (m > 1.4142135623730951) {
+    m *= 0.5;
+    ++exponent;
+  }
+  return exponent * kLn2 + log_near_1(m);
 }
 
 // sum[r] = sum over k ascending of a[k, r] b[k, :], each element one chain of fused multiply-adds, carried on from what

@@ -60,6 +60,22 @@ inline IVec dot4(IVec sum, IVec a, IVec b) {
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }
 
+inline IVec iadd(IVec a, IVec b) { return _mm256_add_epi32(a, b); }
+inline IVec xor3(IVec a, IVec b, IVec c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+template <int kBits>
+inline IVec shift_right(IVec x) {
+  return _mm256_srli_epi32(x, kBits);
+}
+inline IVec bits_of(Vec x) { return _mm256_castps_si256(x); }
+inline IVec multiply_even(IVec a, IVec b) { return _mm256_mul_epu32(a, b); }
+inline IVec odd_to_even(IVec x) { return _mm256_srli_epi64(x, 32); }
+inline IVec interleave_even(IVec even, IVec odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa); }
+inline IVec first_pairs(IVec a, IVec b) { return _mm256_unpacklo_epi64(a, b); }
+inline IVec second_pairs(IVec a, IVec b) { return _mm256_unpackhi_epi64(a, b); }
+inline uint32_t lanes_not_below(Vec a, Vec b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+}
+
 inline Vec low_half(IVec x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
 inline Vec high_half(IVec x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536))); }
 inline Vec load_bf16(const uint16_t* p) {

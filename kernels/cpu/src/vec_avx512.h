@@ -61,6 +61,26 @@ inline void store_bytes(void* p, IVec x) {  // the lowest byte of each lane
 // sum + four products of unsigned bytes of a with signed bytes of b, exact.
 inline IVec dot4(IVec sum, IVec a, IVec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 
+inline IVec iadd(IVec a, IVec b) { return _mm512_add_epi32(a, b); }
+inline IVec xor3(IVec a, IVec b, IVec c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+template <int kBits>
+inline IVec shift_right(IVec x) {  // unsigned
+  return _mm512_srli_epi32(x, kBits);
+}
+inline IVec bits_of(Vec x) { return _mm512_castps_si512(x); }
+// Products of the even lanes of a and b, unsigned and 64 bits wide: low half in the even lane, high half in the odd one.
+inline IVec multiply_even(IVec a, IVec b) { return _mm512_mul_epu32(a, b); }
+inline IVec odd_to_even(IVec x) { return _mm512_srli_epi64(x, 32); }
+// The even lanes of both: those of the second in the odd lanes.
+inline IVec interleave_even(IVec even, IVec odd) {
+  return _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+// In every run of four lanes: the first two of a and of b, or the last two of both.
+inline IVec first_pairs(IVec a, IVec b) { return _mm512_unpacklo_epi64(a, b); }
+inline IVec second_pairs(IVec a, IVec b) { return _mm512_unpackhi_epi64(a, b); }
+// A bit for each lane in which a is not below b.
+inline uint32_t lanes_not_below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+
 #ifdef STAFFETTA_BF16_DOT
 // sum + high x high, rounded, + low x low, rounded; bfloat16 pairs, subnormals are 0.
 inline Vec dot2(Vec sum, IVec a, IVec b) {

@@ -90,6 +90,44 @@ inline IVec dot4(IVec sum, IVec a, IVec b) {
   });
 }
 
+inline IVec iadd(IVec a, IVec b) {
+  return each<IVec>([&](int i) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i]));
+  });
+}
+inline IVec xor3(IVec a, IVec b, IVec c) {
+  return each<IVec>([&](int i) { return a.lane[i] ^ b.lane[i] ^ c.lane[i]; });
+}
+template <int kBits>
+inline IVec shift_right(IVec x) {
+  return each<IVec>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(x.lane[i]) >> kBits); });
+}
+inline IVec bits_of(Vec x) { return iload(x.lane); }
+inline IVec multiply_even(IVec a, IVec b) {
+  return each<IVec>([&](int i) {
+    const int even = i & ~1;
+    const uint64_t left = static_cast<uint32_t>(a.lane[even]), product = left * static_cast<uint32_t>(b.lane[even]);
+    return static_cast<int32_t>(static_cast<uint32_t>(product >> (32 * (i & 1))));
+  });
+}
+inline IVec odd_to_even(IVec x) {
+  return each<IVec>([&](int i) { return i & 1 ? 0 : x.lane[i + 1]; });
+}
+inline IVec interleave_even(IVec even, IVec odd) {
+  return each<IVec>([&](int i) { return i & 1 ? odd.lane[i - 1] : even.lane[i]; });
+}
+inline IVec first_pairs(IVec a, IVec b) {
+  return each<IVec>([&](int i) { return i & 2 ? b.lane[i - 2] : a.lane[i]; });
+}
+inline IVec second_pairs(IVec a, IVec b) {
+  return each<IVec>([&](int i) { return i & 2 ? b.lane[i] : a.lane[i + 2]; });
+}
+inline uint32_t lanes_not_below(Vec a, Vec b) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < kWidth; ++i) lanes |= static_cast<uint32_t>(!(a.lane[i] < b.lane[i])) << i;
+  return lanes;
+}
+
 inline Vec low_half(IVec x) {
   return each<Vec>([&](int i) { return float_of(static_cast<uint32_t>(x.lane[i]) << 16); });
 }

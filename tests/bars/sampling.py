@@ -1,0 +1,104 @@
+"""Compiled sampling against one pass over the logits: `python -m tests.bars.sampling`.
+
+Thirty-two sequences draw from a vocabulary of 151,936, each by `engine.sampler.sample`, so that what Python does is in
+the figures. A pass is the time in which the machine, at the bandwidth measured first, reads the logits once. Logits are
+taken in turn from several copies, so that no cache holds them. Flat rows are normal numbers, of which top-p 0.9 keeps
+tens of thousands; peaked ones are three times as wide, as a model's are. The specification, plain numpy, is beside it.
+Ends with 1 when a row of the table needs more passes than `--most`.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams
+from engine.sampler import sample
+from engine.step import Draw
+from kernels.backend import Backend, select
+from tests.bars.report import print_table
+
+NUM_ROWS, VOCAB_SIZE, NUM_COPIES = 32, 151_936, 4
+NUM_SEEN = (800, 200)
+"""Tokens of prompt and output that penalties count."""
+GREEDY = SamplingParams(
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+    seed=1,
+    max_tokens=1024,
+    min_tokens=0,
+    stop_token_ids=frozenset(),
+    num_logprobs=None,
+)
+_MODES: dict[str, dict[str, float | int]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.8},
+    "top-k 50": {"temperature": 0.8, "top_k": 50},
+    "top-p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "greedy, 5 logprobs": {"num_logprobs": 5},
+}
+
+
+def _draws(mode: str) -> list[Draw]:
+    sampling = SamplingParams(**({name: getattr(GREEDY, name) for name in GREEDY.__slots__} | _MODES[mode]))
+    num_prompt, num_output = NUM_SEEN if sampling.is_penalised else (0, 0)
+    return [
+        Draw(
+            sampling,
+            output_index=100 + row,
+            prompt_token_ids=tuple(range(7 * row, 7 * row + num_prompt)),
+            output_token_ids=tuple(i * i % 1009 for i in range(num_output)),
+        )
+        for row in range(NUM_ROWS)
+    ]
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _median_s(copies: list[Tensor], mode: str, backend: Backend, *, repeats: int) -> float:
+    draws, order = _draws(mode), cycle(copies)
+    return statistics.median(_seconds(partial(sample, next(order), draws, backend)) for _ in range(repeats))
+
+
+def main() -> int:
+    """Prints the table. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--most", type=float, default=4.0, help="passes that every row may take")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    backend, specification = select("cpu", threads=options.threads), select("cpu-reference")
+    large = torch.ones(64 << 20)
+    bandwidth = large.nbytes / min(_seconds(large.sum) for _ in range(5))
+    pass_s = 4 * NUM_ROWS * VOCAB_SIZE / bandwidth
+    rows, most = [], 0.0
+    generator = torch.Generator().manual_seed(1)
+    flat = [torch.randn(NUM_ROWS, VOCAB_SIZE, generator=generator) for _ in range(NUM_COPIES)]
+    for shape, copies in (("flat", flat), ("peaked", [logits * 3 for logits in flat])):
+        for mode in _MODES:
+            ours = _median_s(copies, mode, backend, repeats=options.repeats)
+            plain = _median_s(copies, mode, specification, repeats=1)
+            rows.append((shape, mode, ours * 1e3, ours / pass_s, plain * 1e3))
+            most = max(most, ours / pass_s)
+    print(f"{backend.name}, {options.threads} threads")
+    print(f"reads {bandwidth / 1e9:.1f} GB/s: a pass takes {pass_s * 1e3:.2f} ms")
+    print_table(f"{NUM_ROWS} rows of {VOCAB_SIZE:,}", ("logits", "mode", "ms", "passes", "specification ms"), rows)
+    print(f"\nmost passes {most:.2f}, may be {options.most:.2f}")
+    return 0 if most <= options.most else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
