@@ -222,19 +222,6 @@ def log_softmax(logits: Tensor) -> Tensor:
     return functional.log_softmax(logits.float(), dim=-1)
 
 
-def argmax(values: Tensor) -> Tensor:
-    """Index of each row's largest value, the lowest of equals. values: [rows, n], float32. Returns [rows], int64."""
-    return torch.from_numpy(values.numpy().argmax(axis=1))
-
-
-def largest(values: Tensor, count: int) -> Tensor:
-    """Indices of each row's `count` largest values (all, when there are fewer), falling; of equals the lower first.
-
-    values: [rows, n], float32, without NaN. Returns [rows, min(count, n)], int64.
-    """
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-
-
 class ReferenceLinear:
     """`linear`, or `int8_linear` on weights that were quantized once."""
 
@@ -308,7 +295,5 @@ class ReferenceBackend:
     rotate_and_write = staticmethod(rotate_and_write)
     paged_attention = staticmethod(paged_attention)
     log_softmax = staticmethod(log_softmax)
-    argmax = staticmethod(argmax)
-    largest = staticmethod(largest)
     sample = staticmethod(sample)
     score_tokens = staticmethod(score_tokens)

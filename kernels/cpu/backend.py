@@ -298,20 +298,6 @@ class CpuBackend:
         check(self.library.staffetta_log_softmax(self.isa, self.threads, *arguments), out_of_range="")
         return out
 
-    def argmax(self, values: Tensor) -> Tensor:
-        """See `kernels.reference.argmax`."""
-        values = rows(values)
-        out = torch.empty(len(values), dtype=torch.int64)
-        self.library.staffetta_argmax(self.threads, byref(matrix(values)), out.data_ptr())
-        return out
-
-    def largest(self, values: Tensor, count: int) -> Tensor:
-        """See `kernels.reference.largest`."""
-        values = rows(values)
-        out = torch.empty(len(values), min(count, values.shape[1]), dtype=torch.int64)
-        self.library.staffetta_largest(self.threads, byref(matrix(values)), out.shape[1], out.data_ptr())
-        return out
-
     def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
         """See `kernels.sampling.sample`."""
         return sampling.sample(self, logits, draws)

@@ -138,8 +138,6 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "sample": (c_int32, (*_CALL, _MATRIX, c_void_p, c_int64, c_void_p, c_void_p)),
     "score_tokens": (c_int32, (*_CALL, POINTER(ScoreArguments))),
     "embedding": (c_int32, (c_void_p, _MATRIX, _MATRIX)),
-    "argmax": (None, (c_int32, _MATRIX, c_void_p)),
-    "largest": (None, (c_int32, _MATRIX, c_int64, c_void_p)),
 }
 
 NO_MATRIX = Matrix()

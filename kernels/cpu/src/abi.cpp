@@ -7,7 +7,6 @@
 #include <new>
 
 #include "pack.h"
-#include "select.h"
 
 namespace {
 
@@ -136,12 +135,6 @@ int32_t staffetta_embedding(const int64_t* token_ids, const Matrix* table, const
                 static_cast<const char*>(table->data) + token_ids[t] * table->row_stride * bytes,
                 static_cast<size_t>(table->columns * bytes));
   return kOk;
-}
-
-void staffetta_argmax(int32_t threads, const Matrix* values, int64_t* indices) { argmax(*values, indices, threads); }
-
-void staffetta_largest(int32_t threads, const Matrix* values, int64_t count, int64_t* indices) {
-  largest(*values, count, indices, threads);
 }
 
 }  // extern "C"

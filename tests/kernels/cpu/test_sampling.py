@@ -75,6 +75,16 @@ def test_thousands_of_rows_draw_what_the_specification_draws() -> None:
     assert torch.equal(BEST.sample(logits, draws), sampling.sample(logits, draws))
 
 
+def test_the_likeliest_of_equals_is_the_lower_id(backend: CpuBackend) -> None:
+    logits = torch.zeros(2, 3000)
+    logits[0, [17, 2900]] = 1.0
+    logits[1] = -0.0
+    logits[1, 1] = 0.0
+    assert backend.sample(logits, [TokenDraw(0, 0.0), TokenDraw(1, 0.0)]).tolist() == [17, 0]
+    scores = backend.score_tokens(logits, torch.tensor([0, 1]), torch.tensor([0, 0]), 3)
+    assert scores.top_ids.tolist() == [[17, 2900, 0], [0, 1, 2]]
+
+
 @pytest.mark.parametrize("vocab_size", [64, 1000])
 def test_equal_logits_are_cut_at_the_lower_ids(backend: CpuBackend, vocab_size: int) -> None:
     # Logits of few values: every filter cuts in the middle of equals.

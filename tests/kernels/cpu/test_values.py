@@ -214,28 +214,15 @@ def test_a_slot_or_position_out_of_range_is_refused_and_nothing_written(backend:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 4, 97, 9001])
-def test_log_softmax_and_selection(backend: CpuBackend, dtype: torch.dtype, vocab_size: int) -> None:
+def test_log_softmax(backend: CpuBackend, dtype: torch.dtype, vocab_size: int) -> None:
     logits = (torch.randn(5, vocab_size) * 6).to(dtype)
     torch.testing.assert_close(backend.log_softmax(logits), REFERENCE.log_softmax(logits), rtol=1e-6, atol=2e-6)
-    values = logits.float()
-    assert torch.equal(backend.argmax(values), REFERENCE.argmax(values))
-    for count in (0, 1, 20, 10_000):
-        assert torch.equal(backend.largest(values, count), REFERENCE.largest(values, count))
 
 
 def test_log_softmax_survives_large_logits_and_masks(backend: CpuBackend) -> None:
     logits = torch.tensor([[1000.0, 1000.0, 999.0, -math.inf], [-1e4, 0.0, 3.0, 3.0]])
     torch.testing.assert_close(backend.log_softmax(logits), logits.log_softmax(-1), rtol=1e-6, atol=1e-6)
     assert backend.log_softmax(torch.zeros(0, 4)).shape == (0, 4)
-
-
-def test_ties_go_to_the_lower_index(backend: CpuBackend) -> None:
-    values = torch.zeros(2, 3000)
-    values[0, [17, 2900]] = 1.0
-    values[1] = -0.0
-    values[1, 1] = 0.0
-    assert backend.argmax(values).tolist() == [17, 0]
-    assert backend.largest(values, 3).tolist() == [[17, 2900, 0], [0, 1, 2]]
 
 
 def test_embedding(backend: CpuBackend) -> None:
