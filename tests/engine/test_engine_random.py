@@ -200,10 +200,9 @@ class History:
             assert not self.failing.isdisjoint({request_id, SequenceId(request_id, choice)} | self.first_names(client))
 
     def first_names(self, client: Client) -> set[RequestId | SequenceId]:
-        """Before the fork, the first choice's name is that of all."""
-        return (
-            set() if any(client.tokens.values()) else {SequenceId(client.request.request_id, client.request.choices[0])}
-        )
+        """Before the fork, the first choice's name is that of all; first tokens may be known, and drawn again."""
+        is_forked = any(len(tokens) > 1 for tokens in client.tokens.values())
+        return set() if is_forked else {SequenceId(client.request.request_id, client.request.choices[0])}
 
     def check_blocks(self, client: Client) -> None:
         prompt = client.request.prompt_token_ids
