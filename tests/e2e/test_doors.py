@@ -192,7 +192,9 @@ def test_the_registry_lists_the_workers_and_the_link_between_them(cluster: Clust
     workers = cluster.workers()
     assert sorted(workers) == ["decode-0", "prefill-0"]
     (link,) = workers["decode-0"].links
-    assert (link.prefill_worker, link.transport) == ("prefill-0", "shm")
+    assert link.prefill_worker == "prefill-0"
+    # Whichever was measured faster; on a busy machine that may be the other one.
+    assert link.transport in {"shm", "tcp"}
     assert link.bytes_per_s > 0
     layouts = [worker.announcement.identity.layout for worker in workers.values()]
     assert layouts[0] == layouts[1]
