@@ -171,7 +171,7 @@ class DecodeSessionOpened(_message.Message):
     max_model_len: _builtins.int
     """Bounds prompt and generated tokens together."""
     max_requests: _builtins.int
-    """Bounds requests that the worker holds at once, running and waiting."""
+    """Bounds the choices of all requests that the worker holds at once, running and waiting."""
     heartbeat_s: _builtins.float
     """States the interval of the sender's heartbeats, in seconds; three of silence end the session."""
     @_builtins.property
@@ -427,7 +427,7 @@ Global___SequenceEvent: _TypeAlias = SequenceEvent  # noqa: Y015
 
 @_typing.final
 class SequenceSummary(_message.Message):
-    """Summarizes an ended choice. What was done for the prompt is told by every choice alike."""
+    """Summarizes an ended choice. What was done for the prompt up to then is told by every choice; the last ending has all."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
