@@ -22,13 +22,16 @@ from torch import Tensor
 
 from bench.safetensors_stream import PlannedTensor, write_safetensors
 from bench.shapes import BOS_TOKEN_ID, EOS_TOKEN_ID, RMS_NORM_EPS, ROPE_THETA, SHAPES, SIZE_NAMES, ModelShape
-from bench.tokenizer import make_tokenizer, write_tokenizer
+from bench.tokenizer import FIRST_WORD_ID, make_tokenizer, write_tokenizer
 from engine.models.llama import tensor_shapes
 from staffetta.identity import SINGLE_NAME
 
 _PIECE_ELEMENTS: Final = 2**24
-_LOGIT_DEVIATION: Final = 1.0
+_EMBEDDING: Final = "model.embed_tokens.weight"
+_LOGIT_DEVIATION: Final = 0.5
 """Standard deviation of the logits: far from flat, far from overflow."""
+_QUIET: Final = 0.01
+"""Factor of the embeddings of special tokens and single bytes: greedy output is words, each a piece of text at once."""
 _ADDED_GAIN: Final = 2.0
 """Makes up for what the gate and averaging over keys take away."""
 
@@ -103,7 +106,8 @@ def _quantization() -> dict[str, Any]:
 def _plan(shape: ModelShape, *, seed: int, stored: CheckpointFormat) -> Iterator[PlannedTensor]:
     """Every tensor in the order of the file; a scale comes right after its weight."""
     for name, size in tensor_shapes(shape.model_config()).items():
-        tensor = _RandomTensor(name, size, deviation=_deviation(name, size, shape), seed=seed)
+        num_quiet = FIRST_WORD_ID if name == _EMBEDDING else 0
+        tensor = _RandomTensor(name, size, deviation=_deviation(name, size, shape), seed=seed, num_quiet=num_quiet)
         if stored is CheckpointFormat.W8A8 and name.endswith("_proj.weight"):
             quantized = _QuantizedTensor(tensor)
             yield PlannedTensor(name, torch.int8, size, quantized.pieces)
@@ -130,7 +134,9 @@ def _deviation(name: str, size: tuple[int, ...], shape: ModelShape) -> float:
 class _RandomTensor:
     """Normal elements around 0, or, without deviation, ones. Equal seed and name give equal elements."""
 
-    def __init__(self, name: str, size: tuple[int, ...], *, deviation: float, seed: int) -> None:
+    def __init__(self, name: str, size: tuple[int, ...], *, deviation: float, seed: int, num_quiet: int) -> None:
+        """The first `num_quiet` rows are small."""
+        self._num_quiet = num_quiet
         self._size = size
         self._deviation = deviation
         self._seed = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
@@ -144,8 +150,9 @@ class _RandomTensor:
         rows, columns = self._size
         step = max(1, _PIECE_ELEMENTS // columns)
         for start in range(0, rows, step):
-            piece = torch.randn(min(step, rows - start), columns, generator=generator)
-            yield (piece * self._deviation).bfloat16()
+            piece = torch.randn(min(step, rows - start), columns, generator=generator) * self._deviation
+            piece[: max(0, self._num_quiet - start)] *= _QUIET
+            yield piece.bfloat16()
 
 
 class _QuantizedTensor:

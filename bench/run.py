@@ -2,7 +2,7 @@
 
 1. The checkpoint is written, once. 2. The machine's limits are measured. 3. The kernels (`bench.kernels`). 4. For each
 way of storing weights, one server that prefills where it decodes and one that hands over alternate over the workloads.
-5. Tables with the limits in them, and one JSON file. `--quick` asks for less of everything and takes under two minutes.
+5. Tables with the limits in them, and one JSON file. `--quick` measures W1 and W2 once and takes under two minutes.
 """
 
 import argparse
@@ -26,14 +26,13 @@ from bench.result import write_result
 from bench.serve import add_plan_arguments, make_plan, measure_now
 from bench.shapes import SHAPES, ModelShape
 from bench.table import format_table
-from bench.workload import W1, W4, WORKLOADS, Workload
+from bench.workload import W1, W2, WORKLOADS
 from kernels.backend import select
 
 BUILD: Final = Path("build/bench")
 RESULTS: Final = Path("bench/results")
 _SEED: Final = 1
-_QUICK_ROUNDS: Final = 2
-_QUICK_REQUESTS: Final = 12
+_QUICK_WORKLOADS: Final = (W1.name, W2.name)
 _PROBE_S: Final = 0.2
 _KERNEL_WEIGHTS: Final = ("bf16", "int8")
 
@@ -113,7 +112,7 @@ def run_system(weights: Weights, options: argparse.Namespace, *, threads: int) -
     """Starts both servers, measures them in turns, ends them."""
     shape = SHAPES[options.shape]
     model = checkpoint(options.shape, weights.checkpoint)
-    plan = make_plan(options, [_sized(WORKLOADS[name], options) for name in options.workloads])
+    plan = make_plan(options, [WORKLOADS[name] for name in options.workloads])
     plan = dataclasses.replace(plan, vocab_size=shape.vocab_size)
     both = servers(weights, model, threads=threads)
     with ExitStack() as stack:
@@ -126,12 +125,6 @@ def run_system(weights: Weights, options: argparse.Namespace, *, threads: int) -
         start_s={server.name: server.start_s for server in both},
         measurement=measurement,
     )
-
-
-def _sized(workload: Workload, options: argparse.Namespace) -> Workload:
-    if options.quick and workload.name == W4.name:
-        return dataclasses.replace(workload, num_requests=_QUICK_REQUESTS)
-    return workload
 
 
 def floor_table(results: Sequence[SystemResult], shape: ModelShape, limits: Limits) -> str:
@@ -154,15 +147,16 @@ def _beside(found: PhaseResult, floor: Floor) -> tuple[float, ...]:
 def main(argv: Sequence[str]) -> int:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no kernels")
+    parser.add_argument("--quick", action="store_true", help="one round of W1 and W2, no kernels")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--weights", nargs="+", choices=[each.value for each in Weights], default=["bf16", "w8a8"])
     parser.add_argument("--threads", type=int, default=describe_machine().num_cores)
     parser.add_argument("--name", default="local", help=f"of the file under {RESULTS}")
     add_plan_arguments(parser)
     options = parser.parse_args(argv)
+    options.workloads = options.workloads or list(_QUICK_WORKLOADS if options.quick else WORKLOADS)
     if options.quick:
-        options.rounds = min(options.rounds, _QUICK_ROUNDS)
+        options.rounds = 1
     limits = measure_limits(threads=options.threads)
     kernels: list[KernelResult] = []
     if not options.quick:

@@ -21,7 +21,7 @@ from staffetta.exits import ExitCode, OperatorError
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """What a plan needs to know."""
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="W")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, metavar="W", help="default: all")
     parser.add_argument("--rounds", type=int, default=5, help="of each workload on each server; medians are over them")
     parser.add_argument("--rate", type=float, help="W4's requests per second; default 60%% of the first's capacity")
     parser.add_argument("--requests", type=int, help="W4's requests in a round, or the custom workload's")
@@ -51,7 +51,7 @@ def make_plan(options: argparse.Namespace, workloads: Sequence[Workload]) -> Pla
 def _chosen(options: argparse.Namespace) -> list[Workload]:
     """The named workloads, or the one described by sizes."""
     if options.prompt_tokens is None:
-        return [WORKLOADS[name] for name in options.workloads]
+        return [WORKLOADS[name] for name in options.workloads or WORKLOADS]
     is_open = options.rate is not None
     custom = Workload(
         name="custom",
