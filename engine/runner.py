@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import lay_out
 from engine.compressed_tensors import Compression, own_dtypes, stored_shapes
 from engine.identity import numerics_digest
 from engine.model_config import ModelConfig
@@ -116,6 +116,7 @@ class ModelRunner:
         self.backend_name = backend.name
         self._backend = backend
         self._model = Llama(config, weights, backend, layers_stored=layers_stored)
+        self._compute = backend.compile_step(self._model.forward)
         self._block_size = group.block_size
         # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)
@@ -130,12 +131,11 @@ class ModelRunner:
         """
         if not slices:
             return []
-        batch = Batch.from_slices(slices, block_size=self._block_size)
+        batch = lay_out(slices, block_size=self._block_size)
         self._copy_blocks([part.copy for part in slices if part.copy is not None])
-        hidden = self._model.forward(batch, self._pages)
-        drawn, scored = hidden[: batch.num_drawn], hidden[batch.num_drawn :]
+        logits, scored = self._compute(batch, self._pages)
         draws = [part.draw for part in slices if part.draw is not None]
-        tokens = iter(sample(self._model.logits(drawn), draws, self._backend))
+        tokens = iter(sample(logits, draws, self._backend))
         prompt_tokens = self._score(scored, [target for part in slices for target in _targets(part)])
         return [
             SliceResult(

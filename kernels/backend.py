@@ -5,9 +5,11 @@ within tolerance, and with themselves as their own docstrings promise. Choosing 
 nothing is loaded or built until it is chosen.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,6 +34,72 @@ class Spans:
     query_starts: Tensor
     context_lens: Tensor
     block_tables: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """All token rows of a step, sequence after sequence, as one run of 64-bit numbers; the properties are views of it.
+
+    numbers: token_ids, positions, slots, [num_tokens] each, slots being where a row's key and value go (block id x
+    block size + offset); query_starts [num_sequences + 1], context_lens [num_sequences], block_tables [num_sequences,
+    max_blocks], see `Spans`; drawn_rows [num_drawn] and scored_rows [num_scored], rows of the step whose logits are
+    wanted. A row may be among both.
+
+    One run, because making a tensor costs a step more than filling it does: what computes steps in one call reads the
+    numbers where they lie.
+    """
+
+    numbers: "array[int]"
+    num_tokens: int
+    num_sequences: int
+    max_blocks: int
+    num_drawn: int
+    num_scored: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when there are more or fewer numbers than the counts say."""
+        if self.numbers.typecode != "q" or len(self.numbers) != self._starts[-1]:
+            raise ValueError(f"a batch of {self._starts[-1]} int64 has {len(self.numbers)} {self.numbers.typecode}")
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[num_tokens], int64."""
+        return self._view(0)
+
+    @property
+    def positions(self) -> Tensor:
+        """[num_tokens], int64."""
+        return self._view(1)
+
+    @property
+    def slots(self) -> Tensor:
+        """[num_tokens], int64."""
+        return self._view(2)
+
+    @property
+    def spans(self) -> Spans:
+        """Where sequences begin, their contexts and block tables."""
+        return Spans(self._view(3), self._view(4), self._view(5).view(self.num_sequences, self.max_blocks))
+
+    @property
+    def drawn_rows(self) -> Tensor:
+        """[num_drawn], int64."""
+        return self._view(6)
+
+    @property
+    def scored_rows(self) -> Tensor:
+        """[num_scored], int64."""
+        return self._view(7)
+
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        """Where each part of the numbers begins, and where the last one ends."""
+        tokens, sequences = self.num_tokens, self.num_sequences
+        sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * self.max_blocks)
+        return (0, *accumulate((*sizes, self.num_drawn, self.num_scored)))
+
+    def _view(self, part: int) -> Tensor:
+        return torch.frombuffer(self.numbers, dtype=torch.int64)[self._starts[part] : self._starts[part + 1]]
 
 
 class Rotation(NamedTuple):
@@ -79,11 +147,55 @@ def check_scales(weight: Tensor, scales: Tensor | None) -> None:
         raise ValueError(f"an int8 weight needs scales of shape {list(weight.shape[:1])}, it has {found}")
 
 
-class Backend(Protocol):
-    """What computes. Stateless: every call's result is a function of its arguments.
+class Operations(Protocol):
+    """What a model's layers are written in: functions of flat rows, with rows in and rows out.
 
-    Contracts of the operations (shapes, formulas, order) are in `kernels.reference` and, of the last two, in
-    `kernels.sampling` under the same names.
+    Contracts (shapes, formulas, order) are in `kernels.reference` under the same names. Stateless: every result is a
+    function of the arguments.
+    """
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor: ...
+
+    def take_rows(self, x: Tensor, indices: Tensor) -> Tensor: ...
+
+    def widen(self, x: Tensor) -> Tensor: ...
+
+    def linear(self, layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
+
+    def rotate_and_write(
+        self, query: Tensor, kv: tuple[Tensor, Tensor], rotation: Rotation, *, pages: Tensor, layer: int, slots: Tensor
+    ) -> Tensor: ...
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        pages: Tensor,
+        spans: Spans,
+        *,
+        layer: int,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> Tensor: ...
+
+
+Definition = Callable[[Operations, Batch, Tensor], tuple[Tensor, ...]]
+"""A model in operations: from a step's batch and the pages [num_blocks, KVH, L, 2, BS, D] to one or two results.
+
+It may shape, split and view what operations return, and nothing else: every number is an operation's.
+"""
+
+
+class Backend(Operations, Protocol):
+    """What computes: the operations, what prepares for them, and what reads the logits that they lead to.
+
+    Contracts of the last two are in `kernels.sampling` under the same names, of all others in `kernels.reference`.
     """
 
     @property
@@ -97,8 +209,6 @@ class Backend(Protocol):
     @property
     def instruction_set(self) -> str:
         """Class of machine code that the bits depend on; part of the numerics digest."""
-
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor: ...
 
     def prepare_linear(
         self,
@@ -125,29 +235,14 @@ class Backend(Protocol):
     ) -> Linear:
         """The layer silu(gate(x)) up(x), from weight and bias of each; `scales` as in `prepare_linear`, one of each."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
-
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor: ...
-
     def rope_tables(self, rope: Rope, *, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]: ...
 
-    def rotate_and_write(
-        self, query: Tensor, kv: tuple[Tensor, Tensor], rotation: Rotation, *, pages: Tensor, layer: int, slots: Tensor
-    ) -> Tensor: ...
+    def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
+        """Returns `definition` over this backend's operations, as one call where the backend has that.
 
-    def paged_attention(
-        self,
-        query: Tensor,
-        pages: Tensor,
-        spans: Spans,
-        *,
-        layer: int,
-        scale: float,
-        window: int | None = None,
-        soft_cap: float | None = None,
-    ) -> Tensor: ...
+        Bits, bytes written and exceptions are those of calling the operations one by one. One thread at a time may call
+        what is returned: it keeps scratch memory.
+        """
 
     def log_softmax(self, logits: Tensor) -> Tensor: ...
 

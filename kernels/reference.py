@@ -8,12 +8,14 @@ equality is within rounding, and only a backend that says so is bitwise equal to
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import Rotation, Spans, WeightFormat, check_scales
+from kernels.backend import Batch, Definition, Linear, Rotation, Spans, WeightFormat, check_scales
 from kernels.rope import LinearScaling, Llama3Scaling, Rope
 from kernels.sampling import sample, score_tokens
 
@@ -25,6 +27,20 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     token id outside the table. Bytes: 2 T hidden b.
     """
     return functional.embedding(token_ids, weight)
+
+
+def take_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Some rows, perhaps more than once: out[i] = x[indices[i]].
+
+    x: [T, hidden]. indices: [rows], int64. Returns [rows, hidden] in x's dtype. Raises IndexError for an index outside
+    x. Bytes: 2 rows hidden b.
+    """
+    return x.index_select(0, indices)
+
+
+def widen(x: Tensor) -> Tensor:
+    """The same numbers in float32. x: [T, hidden]. Bytes: T hidden (b + 4)."""
+    return x.float()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -287,7 +303,18 @@ class ReferenceBackend:
         of_gate, of_up = scales or (None, None)
         return ReferenceGatedLinear(ReferenceLinear(*gate, stored, of_gate), ReferenceLinear(*up, stored, of_up))
 
+    @staticmethod
+    def linear(layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Computes rows through a layer that was prepared here."""
+        return layer(x, residual=residual)
+
+    def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
+        """The definition, one operation after another: there is nothing faster here."""
+        return partial(definition, self)
+
     embedding = staticmethod(embedding)
+    take_rows = staticmethod(take_rows)
+    widen = staticmethod(widen)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     layer_norm = staticmethod(layer_norm)

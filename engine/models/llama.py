@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.batch import Batch
 from engine.model_config import ModelConfig
-from kernels.backend import Backend, Linear, Rotation, WeightFormat
+from kernels.backend import Backend, Batch, Linear, Operations, Rotation, WeightFormat
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -71,7 +70,6 @@ class Llama:
         `layers_stored` says how the layers' linear weights are multiplied; the head's are always as given.
         """
         self._config = config
-        self._ops = backend
         self._embedding = weights["model.embed_tokens.weight"]
         self._layers = [
             _layer(weights, f"model.layers.{layer}", backend, layers_stored) for layer in range(config.num_layers)
@@ -85,28 +83,33 @@ class Llama:
             config.rope, head_dim=config.head_dim, num_positions=config.max_position_embeddings
         )
 
-    def forward(self, batch: Batch, pages: Tensor) -> Tensor:
-        """Computes all rows of `batch`, writes their keys and values into `pages`, returns its head rows.
+    def forward(self, ops: Operations, batch: Batch, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes all rows of `batch` and writes their keys and values into `pages`: a `kernels.backend.Definition`.
 
-        pages: [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]. Returns [len(batch.head_rows),
-        hidden_size], after the last norm.
+        `ops` are the backend's that the weights were packed for, or take notes for it. pages: [num_blocks,
+        num_kv_heads, num_layers, 2, block_size, head_dim]. Returns the logits of the rows that are drawn from,
+        [num_drawn, vocab_size], as `logits` makes them, and the rows that are scored, [num_scored, hidden_size], after
+        the last norm.
         """
-        ops, config, eps = self._ops, self._config, self._config.rms_norm_eps
-        rotation = Rotation(self._cosines, self._sines, batch.positions)
+        config, eps = self._config, self._config.rms_norm_eps
+        slots, spans, rotation = batch.slots, batch.spans, Rotation(self._cosines, self._sines, batch.positions)
         num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         hidden = ops.embedding(batch.token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
+            qkv = ops.linear(layer.qkv, ops.rms_norm(hidden, layer.input_norm, eps))
             q, k, v = torch.split(qkv.view(len(qkv), -1, config.head_dim), num_heads, dim=1)
-            q = ops.rotate_and_write(q, (k, v), rotation, pages=pages, layer=index, slots=batch.slots)
-            attended = ops.paged_attention(q, pages, batch.spans, layer=index, scale=config.attention_scale)
-            hidden = layer.o(attended.flatten(1), residual=hidden)
-            inner = layer.gate_up(ops.rms_norm(hidden, layer.post_attention_norm, eps))
-            hidden = layer.down(inner, residual=hidden)
-        return ops.rms_norm(hidden[batch.head_rows], self._norm, eps)
+            q = ops.rotate_and_write(q, (k, v), rotation, pages=pages, layer=index, slots=slots)
+            attended = ops.paged_attention(q, pages, spans, layer=index, scale=config.attention_scale)
+            hidden = ops.linear(layer.o, attended.flatten(1), residual=hidden)
+            inner = ops.linear(layer.gate_up, ops.rms_norm(hidden, layer.post_attention_norm, eps))
+            hidden = ops.linear(layer.down, inner, residual=hidden)
+        drawn, scored = (
+            ops.rms_norm(ops.take_rows(hidden, rows), self._norm, eps) for rows in (batch.drawn_rows, batch.scored_rows)
+        )
+        return ops.linear(self._head, ops.widen(drawn)), scored
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores every token for rows that `forward` returned: [rows, vocab_size], float32 and not rounded to less."""
+        """Scores every token for rows after the last norm: [rows, vocab_size], float32 and not rounded to less."""
         return self._head(hidden.float())
 
 

@@ -6,7 +6,7 @@ threads; the order that makes them so is in the sources under `src`, beside each
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import Rotation, Spans, WeightFormat, check_scales
+from kernels.backend import Batch, Definition, Linear, Rotation, Spans, WeightFormat, check_scales
 from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
@@ -54,7 +54,7 @@ class CpuLinear:
             raise ValueError(f"{inputs} inputs overflow the sums of an INT8 layer; up to {_MAX_INT8_INPUTS} fit")
         library, padded = backend.library, -(-outputs // _PANEL) * _PANEL
         self._backend = backend
-        self._out_features = outputs if gated_outputs is None else gated_outputs
+        self.out_features = outputs if gated_outputs is None else gated_outputs
         self._panels = backend.weight_memory.take(library.staffetta_packed_bytes(kind, outputs, inputs))
         if scales is None:
             self._scales = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.float32)
@@ -71,7 +71,7 @@ class CpuLinear:
             self._sums.data_ptr(),
             backend.threads,
         )
-        self._packed = abi.PackedWeight(
+        self.packed = abi.PackedWeight(
             panels=self._panels.data_ptr(),
             bias=None if self._bias is None else self._bias.data_ptr(),
             scales=self._scales.data_ptr(),
@@ -84,17 +84,17 @@ class CpuLinear:
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
-        if x.dim() != 2 or x.shape[1] != self._packed.inputs:
-            raise ValueError(f"x has shape {list(x.shape)}, the layer takes [rows, {self._packed.inputs}]")
+        if x.dim() != 2 or x.shape[1] != self.packed.inputs:
+            raise ValueError(f"x has shape {list(x.shape)}, the layer takes [rows, {self.packed.inputs}]")
         x = rows(x)
-        out = x.new_empty(len(x), self._out_features)
+        out = x.new_empty(len(x), self.out_features)
         if residual is not None and residual.shape != out.shape:
             raise ValueError(f"residual has shape {list(residual.shape)}, the result {list(out.shape)}")
         other = None if residual is None else rows(residual.to(x.dtype))
         status = self._backend.library.staffetta_linear(
             self._backend.isa,
             self._backend.threads,
-            byref(self._packed),
+            byref(self.packed),
             byref(matrix(x)),
             byref(abi.NO_MATRIX if other is None else matrix(other)),
             byref(matrix(out)),
@@ -140,12 +140,33 @@ class CpuBackend:
         return self.isa.name.lower()
 
     def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """Rows of a table."""
-        token_ids, table = token_ids.contiguous(), rows(weight)
-        out = table.new_empty(len(token_ids), table.shape[1])
-        status = self.library.staffetta_embedding(token_ids.data_ptr(), byref(matrix(table)), byref(matrix(out)))
-        check(status, out_of_range=f"a token id is outside the vocabulary of {len(table)}")
+        """See `kernels.reference.embedding`."""
+        return self._take_rows(weight, token_ids, f"a token id is outside the vocabulary of {len(weight)}")
+
+    def take_rows(self, x: Tensor, indices: Tensor) -> Tensor:
+        """See `kernels.reference.take_rows`."""
+        return self._take_rows(x, indices, f"an index is outside {len(x)} rows")
+
+    def _take_rows(self, x: Tensor, indices: Tensor, out_of_range: str) -> Tensor:
+        indices, table = indices.contiguous(), rows(x)
+        out = table.new_empty(len(indices), table.shape[1])
+        status = self.library.staffetta_embedding(indices.data_ptr(), byref(matrix(table)), byref(matrix(out)))
+        check(status, out_of_range=out_of_range)
         return out
+
+    def widen(self, x: Tensor) -> Tensor:
+        """See `kernels.reference.widen`."""
+        return x.float()
+
+    def linear(self, layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Computes rows through a layer that was prepared here."""
+        return layer(x, residual=residual)
+
+    def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
+        """Records `definition` and returns it as one call. Raises ValueError or TypeError where it cannot be."""
+        from kernels.cpu.step import CompiledStep  # it is made of this module
+
+        return CompiledStep(self, definition)
 
     def prepare_linear(
         self,
@@ -242,7 +263,7 @@ class CpuBackend:
             matrix(out.view(len(out), query.shape[1] * query.shape[2])),
             *(tensor.data_ptr() for tensor in (*tables, *indices)),
         )
-        arguments = byref(call), byref(_pages(pages, layer)), len(tables[0])
+        arguments = byref(call), byref(pages_of_layer(pages, layer)), len(tables[0])
         status = self.library.staffetta_rotate_and_write(self.isa, self.threads, *arguments)
         check(status, out_of_range=f"a slot is outside {len(pages)} pages, or a position outside {len(tables[0])}")
         return out
@@ -282,7 +303,9 @@ class CpuBackend:
             window=window or 0,
             soft_cap=soft_cap or 0.0,
         )
-        status = self.library.staffetta_attention(self.isa, self.threads, byref(call), byref(_pages(pages, layer)))
+        status = self.library.staffetta_attention(
+            self.isa, self.threads, byref(call), byref(pages_of_layer(pages, layer))
+        )
         check(
             status,
             out_of_range=f"a context is shorter than its queries, or reaches outside its table or {len(pages)} pages",
@@ -326,7 +349,8 @@ def _heads_as_rows(x: Tensor) -> Tensor:
     return rows(x.flatten(1))
 
 
-def _pages(pages: Tensor, layer: int) -> abi.Pages:
+def pages_of_layer(pages: Tensor, layer: int) -> abi.Pages:
+    """Where one layer's keys and values are. pages: [num_blocks, KVH, L, 2, BS, D]; each last dimension contiguous."""
     num_blocks, num_kv_heads, _, _, block_size, head_dim = pages.shape
     by_block, by_head, _, by_value, by_token, _ = pages.stride()
     return abi.Pages(

@@ -18,6 +18,8 @@ from kernels.cpu import LIBRARY_PATH
 ABI_VERSION = 2
 MAX_GROUP = 96
 """Query heads that may share a KV head."""
+MAX_RESULTS = 2
+"""Tensors that a step may return."""
 
 DTYPES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
@@ -46,6 +48,34 @@ class Status(IntEnum):
     OUT_OF_RANGE = 1
     UNSUPPORTED = 2
     OUT_OF_MEMORY = 3
+
+
+class OperationKind(IntEnum):
+    """What an operation of a step computes."""
+
+    TAKE_ROWS = 0
+    LINEAR = 1
+    RMS_NORM = 2
+    LAYER_NORM = 3
+    ROTATE_AND_WRITE = 4
+    PAGED_ATTENTION = 5
+    WIDEN = 6
+
+
+class RowsOf(IntEnum):
+    """What a matrix of a step has a row for."""
+
+    TOKENS = 0
+    DRAWN = 1
+    SCORED = 2
+
+
+class Home(IntEnum):
+    """Where a matrix of a step is: an address for good, the call's scratch memory, a result of the call."""
+
+    FIXED = 0
+    SCRATCH = 1
+    RESULT = 2
 
 
 class Matrix(Structure):
@@ -122,6 +152,54 @@ class ScoreArguments(Structure):
     )
 
 
+class Operand(Structure):
+    """See `step.h`."""
+
+    _fields_ = (
+        ("matrix", Matrix),
+        ("home", c_int32),
+        ("rows_of", c_int32),
+        ("result", c_int64),
+        ("before", c_int64 * len(RowsOf)),
+    )
+
+
+class StepOperation(Structure):
+    """See `step.h`."""
+
+    _fields_ = (
+        ("kind", c_int32),
+        *((name, c_float) for name in ("epsilon", "scale", "soft_cap")),
+        *((name, c_int64) for name in ("layer", "num_heads", "num_positions", "window")),
+        ("inputs", Operand * 4),
+        ("outputs", Operand * 2),
+        ("weight", PackedWeight),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+    )
+
+
+class StepProgram(Structure):
+    """See `step.h`."""
+
+    _fields_ = (("operations", POINTER(StepOperation)), ("num_operations", c_int64))
+
+
+class StepCall(Structure):
+    """See `step.h`."""
+
+    _fields_ = (
+        ("numbers", c_void_p),
+        ("num_rows", c_int64 * len(RowsOf)),
+        ("num_sequences", c_int64),
+        ("max_blocks", c_int64),
+        ("pages", Pages),
+        ("layer_stride", c_int64),
+        ("scratch", c_void_p),
+        ("results", c_void_p * MAX_RESULTS),
+    )
+
+
 _MATRIX = POINTER(Matrix)
 _CALL = (c_int32, c_int32)  # instruction set, threads
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -134,6 +212,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "rms_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
     "layer_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
     "rotate_and_write": (c_int32, (*_CALL, POINTER(RotateArguments), POINTER(Pages), c_int64)),
+    "step": (c_int32, (*_CALL, POINTER(StepProgram), POINTER(StepCall))),
     "log_softmax": (c_int32, (*_CALL, _MATRIX, _MATRIX)),
     "sample": (c_int32, (*_CALL, _MATRIX, c_void_p, c_int64, c_void_p, c_void_p)),
     "score_tokens": (c_int32, (*_CALL, POINTER(ScoreArguments))),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from engine.batch import Batch
+from engine.batch import lay_out
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
 from engine.weights import load_weights
@@ -44,7 +44,8 @@ def one_thread() -> None:
 def all_logits(directory: Path, token_ids: list[int]) -> Tensor:
     """Our logits at every position: one slice per prefix end, each writing the next token's KV."""
     config = ModelConfig.from_directory(directory)
-    model = Llama(config, load_weights(directory, tensor_shapes(config), dtype="float32"), select("cpu"))
+    backend = select("cpu")
+    model = Llama(config, load_weights(directory, tensor_shapes(config), dtype="float32"), backend)
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     pages = torch.zeros(num_blocks, config.num_kv_heads, config.num_layers, 2, BLOCK_SIZE, config.head_dim)
     rows = []
@@ -52,7 +53,7 @@ def all_logits(directory: Path, token_ids: list[int]) -> Tensor:
         part = make_slice(
             token_ids[:end], start=end - 1, blocks=list(range(num_blocks)), sampling=make_sampling(), output_index=0
         )
-        rows.append(model.logits(model.forward(Batch.from_slices((part,), block_size=BLOCK_SIZE), pages)))
+        rows.append(model.forward(backend, lay_out((part,), block_size=BLOCK_SIZE), pages)[0])
     return torch.cat(rows)
 
 

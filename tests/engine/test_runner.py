@@ -184,7 +184,7 @@ def test_logits_of_scored_rows_are_made_few_at_a_time(directory: Path, monkeypat
     monkeypatch.setattr("engine.runner._SCORED_ROWS", 5)
     monkeypatch.setattr("engine.runner.Llama", Watched)
     tiled = make_runner(directory).run((scored(0, len(PROMPT)), scored(0, 7, alternatives=0)))
-    assert heights == [0, 5, 5, 5, 5, 5, 5, 5, 1]
+    assert heights == [5, 5, 5, 5, 5, 5, 5, 1]
     assert tiled[0] == whole
     assert [token.position for token in tiled[1].prompt_tokens] == [1, 2, 3, 4, 5, 6, 7]
     assert {token.top_logprobs for token in tiled[1].prompt_tokens} == {()}

@@ -232,3 +232,22 @@ def test_embedding(backend: CpuBackend) -> None:
     for token_id in (4, -1):
         with pytest.raises(IndexError, match="outside the vocabulary of 4"):
             backend.embedding(torch.tensor([0, token_id]), table)
+
+
+def test_rows_are_taken_as_the_reference_takes_them() -> None:
+    x = torch.arange(24.0).view(4, 6)[:, ::2]
+    for each in (CpuBackend(threads=1), REFERENCE):
+        assert each.take_rows(x, torch.tensor([3, 0, 3])).tolist() == [[18, 20, 22], [0, 2, 4], [18, 20, 22]]
+        assert each.take_rows(x, torch.tensor([], dtype=torch.int64)).shape == (0, 3)
+        for index in (4, -1):
+            with pytest.raises(IndexError):
+                each.take_rows(x, torch.tensor([0, index]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widened_rows_have_the_same_numbers(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 37).to(dtype)
+    for each in (CpuBackend(threads=1), REFERENCE):
+        wide = each.widen(x)
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.to(dtype), x)
