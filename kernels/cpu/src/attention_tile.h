@@ -16,20 +16,22 @@ constexpr int kStripes = kTile / kStripe;
 constexpr int kLine = 64;    // bytes that are fetched together
 constexpr float kMinusInfinity = -__builtin_inff();
 
-// Where the keys and values of a tile lie; rows of a stripe are so many bytes apart. `stripes` hold keys of the context.
+// Where the keys and values of a tile lie; rows of a stripe are key_bytes and value_bytes apart. The first `stripes`
+// hold keys of the context.
 struct TileRows {
   const char *keys[kStripes], *values[kStripes];
   int64_t key_bytes, value_bytes, stripes;
 };
 
-// Turned keys, [head_dim / kInputs][64]: floats, or pairs of bfloat16, the earlier in the lower half.
+// Turned keys, [head_dim / kInputs][64]: floats, or pairs of bfloat16, the earlier in the lower half. An element has
+// kBytes.
 struct FloatKeys {
-  static constexpr int kInputs = 1;
+  static constexpr int kInputs = 1, kBytes = 4;
   template <int kInput>
   static Vec load(const float* p) { return STAFFETTA_ISA::load(p); }
 };
 struct PairKeys {
-  static constexpr int kInputs = 2;
+  static constexpr int kInputs = 2, kBytes = 2;
   template <int kInput>
   static Vec load(const float* p) { return kInput ? high_half(iload(p)) : low_half(iload(p)); }
 };
@@ -112,7 +114,8 @@ inline void soften(float* weights, int64_t lo, int64_t hi, float soft_cap, const
   for (int64_t j = hi; j < kTile; ++j) weights[j] = kMinusInfinity;
   for (int v = 0; v < kLaneVecs; ++v) lanes[v] = load(weights + v * kWidth);
   const float before = row.maximum, here = fold_max(lanes);
-  const float maximum = here > before || here != here ? here : before;  // a NaN must reach the logits, where it is found
+  // A NaN must reach the logits, where it is found.
+  const float maximum = here > before || here != here ? here : before;
   for (int v = 0; v < kLaneVecs; ++v) {
     lanes[v] = exp(sub(lanes[v], splat(maximum)));
     store(weights + v * kWidth, lanes[v]);
@@ -126,11 +129,11 @@ inline void soften(float* weights, int64_t lo, int64_t hi, float soft_cap, const
   row.sum = first(fma(splat(row.sum), splat(shrink), splat(fold_sum(lanes))));
 }
 
-// Carries columns of kRows rows' weighted values, from d on, kVecs vectors at a time, on over keys [lo, hi) of the tile.
-// Returns the first column left. Meanwhile fetches the same part of `next`, its keys.
+// Carries kRows rows' weighted values, columns from d on, kVecs vectors at a time, on over keys [lo, hi) of the tile.
+// Returns the first column left. Meanwhile fetches the same part of the keys of `next`.
 template <class Type, int kRows, int kVecs>
-int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows& next, int64_t lo, int64_t hi, int64_t d,
-                      float* values, int64_t dim) {
+int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows& next, int64_t lo, int64_t hi,
+                      int64_t d, float* values, int64_t dim) {
   using Element = typename Type::Element;
   constexpr int64_t kBytes = sizeof(Element);
   for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
@@ -161,8 +164,9 @@ int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows
 template <class Type, int kRows>
 __attribute__((noinline)) void weigh(const float* weights, const TileRows& tile, const TileRows& next, int64_t lo,
                                      int64_t hi, float* values, int64_t dim) {
-  const int64_t wide = weigh_columns<Type, kRows, 4>(weights, tile, next, lo, hi, 0, values, dim);
-  weigh_columns<Type, kRows, 1>(weights, tile, next, lo, hi, wide, values, dim);
+  int64_t d = weigh_columns<Type, kRows, 4>(weights, tile, next, lo, hi, 0, values, dim);
+  d = weigh_columns<Type, kRows, 2>(weights, tile, next, lo, hi, d, values, dim);
+  weigh_columns<Type, kRows, 1>(weights, tile, next, lo, hi, d, values, dim);
 }
 
 }  // namespace STAFFETTA_ISA

@@ -160,7 +160,7 @@ inline void store_f16(uint16_t* p, Vec x) {
 
 inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   for (int i = 0; i < kWidth; ++i)
-    for (int j = 0; j < kWidth; ++j) dst[j * dst_stride + i] = src[i * src_stride + j];
+    for (int j = 0; j < kWidth; ++j) std::memcpy(dst + j * dst_stride + i, src + i * src_stride + j, sizeof *dst);
 }
 
 }  // namespace STAFFETTA_ISA
