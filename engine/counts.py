@@ -13,7 +13,8 @@ class EngineCounts:
 
     A request is one sequence until it is forked, then one for each choice. `num_running` sequences can be computed in
     the next step; `num_waiting` wait for their turn, for KV from elsewhere or for a grant; `num_held` are prefills that
-    wait for their release. `num_pending_tokens` are known and not computed.
+    wait for their release. `num_pending_tokens` are known and not computed. `num_copied_blocks` counts from the start:
+    blocks copied because a choice had to write into one that others still held.
     """
 
     total_blocks: int
@@ -26,9 +27,10 @@ class EngineCounts:
     num_held: int
     num_pending_tokens: int
     engine_steps: int
+    num_copied_blocks: int
 
 
-def count(live: LiveSequences, pool: BlockPool, *, engine_steps: int) -> EngineCounts:
+def count(live: LiveSequences, pool: BlockPool, *, engine_steps: int, num_copied_blocks: int) -> EngineCounts:
     """Counts between two steps."""
     blocks = pool.counts()
     sequences = list(live)
@@ -45,4 +47,5 @@ def count(live: LiveSequences, pool: BlockPool, *, engine_steps: int) -> EngineC
         num_held=num_held,
         num_pending_tokens=sum(s.num_pending_tokens for s in sequences if s.state is not SequenceState.HELD),
         engine_steps=engine_steps,
+        num_copied_blocks=num_copied_blocks,
     )

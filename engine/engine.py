@@ -130,7 +130,12 @@ class Engine:
 
     def counts(self) -> EngineCounts:
         """How full the engine is."""
-        return count(self._live, self._pool, engine_steps=self._num_steps)
+        return count(
+            self._live,
+            self._pool,
+            engine_steps=self._num_steps,
+            num_copied_blocks=self._scheduler.num_copied_blocks,
+        )
 
     def drain_cache_events(self) -> CacheEvents:
         """What entered and left the prefix cache since the last call."""

@@ -59,6 +59,8 @@ class Scheduler:
         self._queued: dict[SequenceId, Sequence] = {}
         """Both queues, by id."""
         self._in_flight: list[_InFlight] = []
+        self.num_copied_blocks = 0
+        """Blocks copied since the start, because a choice wrote where others still read."""
 
     def enqueue(self, sequence: Sequence) -> None:
         """Lets a sequence wait for its turn to be computed here."""
@@ -142,6 +144,7 @@ class Scheduler:
             if isinstance(outcome, StepFailedError):
                 sequence.num_computed_tokens = start
             else:
+                self.num_copied_blocks += replaced is not None
                 sequence.count_computed(start, end)
                 sequence.publish(self._prefix, num_final_tokens=end)
             committed.append(Committed(sequence, outcome))

@@ -89,6 +89,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             num_descriptors=_num_descriptors(),
             is_draining=self._controlled.is_draining(),
             handoffs=self._controlled.handoff_counts(),
+            copied_blocks=counts.num_copied_blocks,
         )
 
     async def Drain(  # noqa: N802 - named by the wire

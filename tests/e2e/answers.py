@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,14 @@ class Handoff:
     def from_json(cls, report: Mapping[str, Any]) -> Self:
         """From the `handoff` object of a REST answer."""
         return cls(**report)
+
+
+class ScoredToken(NamedTuple):
+    """A prompt's token with its log-probability, and the likeliest tokens in its place with theirs."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

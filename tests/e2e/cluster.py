@@ -36,9 +36,10 @@ Load = control_pb2.GetLoadResponse
 
 
 class Cluster:
-    """One `staffetta serve demo` with `flags`, and `environ` on top of this process's environment."""
+    """One `staffetta serve` of `model` with `flags`, and `environ` on top of this process's environment."""
 
-    def __init__(self, *flags: str, environ: Mapping[str, str] | None = None) -> None:
+    def __init__(self, *flags: str, environ: Mapping[str, str] | None = None, model: str = "demo") -> None:
+        self.model = model
         self.flags = flags
         self.environ = dict(environ or {})
         self.ready: dict[str, Any] = {}
@@ -49,7 +50,7 @@ class Cluster:
     @property
     def command(self) -> str:
         """The command line, for people."""
-        return shlex.join(["staffetta", "serve", "demo", *self.flags])
+        return shlex.join(["staffetta", "serve", self.model, *self.flags])
 
     @property
     def http(self) -> str:
@@ -66,7 +67,7 @@ class Cluster:
         started = time.monotonic()
         doors = ("--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
         self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("staffetta"), "serve", "demo", "--json", *doors, *self.flags],
+            [Path(sys.executable).with_name("staffetta"), "serve", self.model, "--json", *doors, *self.flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

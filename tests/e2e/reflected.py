@@ -15,7 +15,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from tests.e2e.answers import Answer, Handoff
+from tests.e2e.answers import Answer, Handoff, ScoredToken
 
 SERVICE: Final = "staffetta.v1.InferenceService"
 
@@ -24,11 +24,16 @@ _FINISH_REASONS: Final = {1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """All choices of one generation, in order, and its prompt's log-probabilities, if asked for, from position 1 on."""
+    """All choices of one generation, in order, and its prompt's tokens from position 1 on, if scores were wanted."""
 
     answers: tuple[Answer, ...]
     seed: int
-    prompt_logprobs: tuple[float, ...]
+    prompt_tokens: tuple[ScoredToken, ...]
+
+    @property
+    def prompt_logprobs(self) -> tuple[float, ...]:
+        """Log-probabilities of the prompt's tokens alone."""
+        return tuple(token.logprob for token in self.prompt_tokens)
 
 
 class ReflectedClient:
@@ -93,7 +98,7 @@ class ReflectedClient:
         return Choices(
             answers=tuple(make_answer(started, deltas[index], finished[index]) for index in sorted(finished)),
             seed=started.seed,
-            prompt_logprobs=tuple(token.logprob for token in scores),
+            prompt_tokens=tuple(ScoredToken(token.token_id, token.logprob, _alternatives(token)) for token in scores),
         )
 
 
@@ -112,8 +117,12 @@ def make_answer(started: Any, deltas: Sequence[Any], finished: Any) -> Answer:
         prompt_tokens=started.prompt_tokens,
         cached_tokens=finished.usage.cached_tokens,
         handoff=Handoff.from_message(finished.handoff),
-        top_logprobs=tuple(tuple((top.token_id, top.logprob) for top in token.top_logprobs) for token in tokens),
+        top_logprobs=tuple(map(_alternatives, tokens)),
     )
+
+
+def _alternatives(token: Any) -> tuple[tuple[int, float], ...]:
+    return tuple((top.token_id, top.logprob) for top in token.top_logprobs)
 
 
 def greedy(max_tokens: int, **others: object) -> Mapping[str, object]:

@@ -319,6 +319,7 @@ def test_counts_are_read_from_what_they_describe() -> None:
         num_held=1,
         num_pending_tokens=6,
         engine_steps=2,
+        num_copied_blocks=0,
     )
 
 

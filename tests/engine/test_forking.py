@@ -79,6 +79,7 @@ def test_all_but_the_last_holder_copy_the_part_full_block_they_write_into() -> N
     assert engine.counts().held_blocks == 4
     step_choices(engine)
     assert [each.copy for each in runner.slices[4:]] == [None] * 3
+    assert engine.counts().num_copied_blocks == 2
 
 
 @pytest.mark.parametrize("num_prompt_tokens", [4, 8])
@@ -272,6 +273,7 @@ def test_an_interrupted_step_gives_replaced_blocks_back_and_copies_again() -> No
     assert_as_wanted(request, collected)
     copies = [each.copy for each in runner.slices if each.copy is not None]
     assert Counter(copy.source for copy in copies) == {1: 4}
+    assert engine.counts().num_copied_blocks == 2
 
 
 def test_what_the_prompt_cost_is_told_by_every_choice_alike() -> None:

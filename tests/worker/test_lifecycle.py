@@ -186,6 +186,7 @@ class Scripted:
             num_held=7,
             num_pending_tokens=8,
             engine_steps=9,
+            num_copied_blocks=12,
         )
 
     def num_requests(self) -> int:
@@ -225,6 +226,7 @@ async def test_load_is_told_number_by_number_and_the_blocks_add_up() -> None:
     assert load.free_blocks + load.held_blocks + load.cached_blocks + load.quarantined_blocks == load.total_blocks == 10
     assert (load.free_blocks, load.held_blocks, load.cached_blocks, load.quarantined_blocks) == (1, 2, 3, 4)
     assert (load.num_running, load.num_waiting, load.num_held, load.engine_steps, load.num_sessions) == (5, 6, 7, 9, 11)
+    assert load.copied_blocks == 12
     assert [(count.state, count.outcome, count.count) for count in load.handoffs] == [("open", "failed", 12)]
 
 

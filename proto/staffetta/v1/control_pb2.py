@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from staffetta.v1 import common_pb2 as staffetta_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astaffetta/v1/control.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\x10\n\x0eGetInfoRequest\"u\n\x0fGetInfoResponse\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"\x10\n\x0eGetLoadRequest\"\xf0\x02\n\x0fGetLoadResponse\x12\x14\n\x0ctotal_blocks\x18\x01 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_blocks\x18\x04 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\x05 \x01(\r\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x10\n\x08num_held\x18\x08 \x01(\r\x12\x14\n\x0c\x65ngine_steps\x18\t \x01(\x04\x12\x14\n\x0cnum_sessions\x18\n \x01(\r\x12\x11\n\tnum_tasks\x18\x0b \x01(\r\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x17\n\x0fnum_descriptors\x18\r \x01(\r\x12\x13\n\x0bis_draining\x18\x0e \x01(\x08\x12,\n\x08handoffs\x18\x0f \x03(\x0b\x32\x1a.staffetta.v1.HandoffCount\"=\n\x0cHandoffCount\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"N\n\rDrainResponse\x12\x15\n\rnum_remaining\x18\x01 \x01(\r\x12\x15\n\rnum_cancelled\x18\x02 \x01(\r\x12\x0f\n\x07is_done\x18\x03 \x01(\x08\x32\xe4\x01\n\x0e\x43ontrolService\x12\x46\n\x07GetInfo\x12\x1c.staffetta.v1.GetInfoRequest\x1a\x1d.staffetta.v1.GetInfoResponse\x12\x46\n\x07GetLoad\x12\x1c.staffetta.v1.GetLoadRequest\x1a\x1d.staffetta.v1.GetLoadResponse\x12\x42\n\x05\x44rain\x12\x1a.staffetta.v1.DrainRequest\x1a\x1b.staffetta.v1.DrainResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astaffetta/v1/control.proto\x12\x0cstaffetta.v1\x1a\x19staffetta/v1/common.proto\"\x10\n\x0eGetInfoRequest\"u\n\x0fGetInfoResponse\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1c.staffetta.v1.WorkerIdentity\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\"\x10\n\x0eGetLoadRequest\"\x87\x03\n\x0fGetLoadResponse\x12\x14\n\x0ctotal_blocks\x18\x01 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\r\x12\x13\n\x0bheld_blocks\x18\x03 \x01(\r\x12\x15\n\rcached_blocks\x18\x04 \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\x05 \x01(\r\x12\x13\n\x0bnum_running\x18\x06 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x07 \x01(\r\x12\x10\n\x08num_held\x18\x08 \x01(\r\x12\x14\n\x0c\x65ngine_steps\x18\t \x01(\x04\x12\x14\n\x0cnum_sessions\x18\n \x01(\r\x12\x11\n\tnum_tasks\x18\x0b \x01(\r\x12\x13\n\x0bnum_threads\x18\x0c \x01(\r\x12\x17\n\x0fnum_descriptors\x18\r \x01(\r\x12\x13\n\x0bis_draining\x18\x0e \x01(\x08\x12,\n\x08handoffs\x18\x0f \x03(\x0b\x32\x1a.staffetta.v1.HandoffCount\x12\x15\n\rcopied_blocks\x18\x10 \x01(\x04\"=\n\x0cHandoffCount\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"N\n\rDrainResponse\x12\x15\n\rnum_remaining\x18\x01 \x01(\r\x12\x15\n\rnum_cancelled\x18\x02 \x01(\r\x12\x0f\n\x07is_done\x18\x03 \x01(\x08\x32\xe4\x01\n\x0e\x43ontrolService\x12\x46\n\x07GetInfo\x12\x1c.staffetta.v1.GetInfoRequest\x1a\x1d.staffetta.v1.GetInfoResponse\x12\x46\n\x07GetLoad\x12\x1c.staffetta.v1.GetLoadRequest\x1a\x1d.staffetta.v1.GetLoadResponse\x12\x42\n\x05\x44rain\x12\x1a.staffetta.v1.DrainRequest\x1a\x1b.staffetta.v1.DrainResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,13 +39,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADREQUEST']._serialized_start=208
   _globals['_GETLOADREQUEST']._serialized_end=224
   _globals['_GETLOADRESPONSE']._serialized_start=227
-  _globals['_GETLOADRESPONSE']._serialized_end=595
-  _globals['_HANDOFFCOUNT']._serialized_start=597
-  _globals['_HANDOFFCOUNT']._serialized_end=658
-  _globals['_DRAINREQUEST']._serialized_start=660
-  _globals['_DRAINREQUEST']._serialized_end=693
-  _globals['_DRAINRESPONSE']._serialized_start=695
-  _globals['_DRAINRESPONSE']._serialized_end=773
-  _globals['_CONTROLSERVICE']._serialized_start=776
-  _globals['_CONTROLSERVICE']._serialized_end=1004
+  _globals['_GETLOADRESPONSE']._serialized_end=618
+  _globals['_HANDOFFCOUNT']._serialized_start=620
+  _globals['_HANDOFFCOUNT']._serialized_end=681
+  _globals['_DRAINREQUEST']._serialized_start=683
+  _globals['_DRAINREQUEST']._serialized_end=716
+  _globals['_DRAINRESPONSE']._serialized_start=718
+  _globals['_DRAINRESPONSE']._serialized_end=796
+  _globals['_CONTROLSERVICE']._serialized_start=799
+  _globals['_CONTROLSERVICE']._serialized_end=1027
 # @@protoc_insertion_point(module_scope)

@@ -110,6 +110,7 @@ class GetLoadResponse(_message.Message):
     NUM_DESCRIPTORS_FIELD_NUMBER: _builtins.int
     IS_DRAINING_FIELD_NUMBER: _builtins.int
     HANDOFFS_FIELD_NUMBER: _builtins.int
+    COPIED_BLOCKS_FIELD_NUMBER: _builtins.int
     total_blocks: _builtins.int
     """Counts all KV blocks."""
     free_blocks: _builtins.int
@@ -138,6 +139,8 @@ class GetLoadResponse(_message.Message):
     """Counts open file descriptors of the process."""
     is_draining: _builtins.bool
     """Says that no new requests are taken."""
+    copied_blocks: _builtins.int
+    """Counts blocks copied so far because a choice had to write into a block that other choices still held."""
     @_builtins.property
     def handoffs(self) -> _containers.RepeatedCompositeFieldContainer[Global___HandoffCount]:
         """Counts hand-offs by how they went: decode role only."""
@@ -160,10 +163,11 @@ class GetLoadResponse(_message.Message):
         num_descriptors: _builtins.int = ...,
         is_draining: _builtins.bool = ...,
         handoffs: _abc.Iterable[Global___HandoffCount] | None = ...,
+        copied_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "engine_steps", b"engine_steps", "free_blocks", b"free_blocks", "handoffs", b"handoffs", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "num_descriptors", b"num_descriptors", "num_held", b"num_held", "num_running", b"num_running", "num_sessions", b"num_sessions", "num_tasks", b"num_tasks", "num_threads", b"num_threads", "num_waiting", b"num_waiting", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "copied_blocks", b"copied_blocks", "engine_steps", b"engine_steps", "free_blocks", b"free_blocks", "handoffs", b"handoffs", "held_blocks", b"held_blocks", "is_draining", b"is_draining", "num_descriptors", b"num_descriptors", "num_held", b"num_held", "num_running", b"num_running", "num_sessions", b"num_sessions", "num_tasks", b"num_tasks", "num_threads", b"num_threads", "num_waiting", b"num_waiting", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
