@@ -35,33 +35,36 @@ inline void fetch_results(const LinearCall& call, int64_t first_row, int64_t row
     for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row_of(call.out, row) + panel * bytes + byte, 1);
 }
 
-// A strip's rows of one panel, from their sums in memory. Type is that of the residual and the result.
-template <class Type, class Weights>
+// A strip's rows of one panel, from their sums in memory. Type is that of the residual and the result; kVecs vectors of
+// results are all of a panel's or, where the layer is gated, half of them.
+template <class Type, class Weights, int kVecs>
 void finish(const LinearCall& call, int64_t first_row, int64_t rows, int64_t panel, const char* sums) {
   using Element = typename Type::Element;
-  const int64_t begin = panel * call.panel_columns(), columns = least(call.panel_columns(), call.out.columns - begin);
-  const bool is_whole = columns == call.panel_columns();
-  const int vecs = static_cast<int>(call.panel_columns() / kWidth);
+  constexpr int64_t kColumns = kVecs * kWidth;
+  const int64_t begin = panel * kColumns, columns = least(kColumns, call.out.columns - begin);
   const PanelScales<Weights> scales(call, panel * kPanel);
   const float* bias = call.w.bias ? call.w.bias + panel * kPanel : nullptr;
-  for (int64_t row = first_row; row < first_row + rows; ++row, sums += kPanel * 4) {
+  Element* to = reinterpret_cast<Element*>(row_of(call.out, first_row)) + begin;
+  const Element* added = nullptr;
+  if (call.residual.data) added = reinterpret_cast<const Element*>(row_of(call.residual, first_row)) + begin;
+  for (int64_t row = first_row; row < first_row + rows; ++row, sums += kPanel * 4, to += call.out.row_stride) {
     Vec values[kPanelVecs];
     for (int v = 0; v < kPanelVecs; ++v) {
       values[v] = scales.apply(call, row, v, sum_load(sums + v * kWidth * 4, typename Weights::Sum{}));
       if (bias) values[v] = add(values[v], load(bias + v * kWidth));
     }
-    if (call.w.gated)
-      for (int v = 0; v < kPanelVecs / 2; ++v) values[v] = mul(silu(values[v]), values[v + kPanelVecs / 2]);
-    Element part[kPanel];  // of a panel that reaches beyond the last output
-    Element* to = reinterpret_cast<Element*>(row_of(call.out, row)) + begin;
-    const Element* added = call.residual.data ? reinterpret_cast<Element*>(row_of(call.residual, row)) + begin : nullptr;
-    if (added && !is_whole) added = static_cast<Element*>(std::memcpy(part, added, columns * sizeof *to));
-    Element* whole = is_whole ? to : part;
-    for (int v = 0; v < vecs; ++v) {
-      if (added) values[v] = add(values[v], Type::load(added + v * kWidth));
-      Type::store(whole + v * kWidth, values[v]);
+    if constexpr (kVecs < kPanelVecs)
+      for (int v = 0; v < kVecs; ++v) values[v] = mul(silu(values[v]), values[v + kVecs]);
+    Element part[kColumns];  // of a panel that reaches beyond the last output
+    if (added) {
+      if (columns < kColumns) std::memcpy(part, added, columns * sizeof *to);
+      const Element* whole = columns < kColumns ? part : added;
+      for (int v = 0; v < kVecs; ++v) values[v] = add(values[v], Type::load(whole + v * kWidth));
+      added += call.residual.row_stride;
     }
-    if (!is_whole) std::memcpy(to, part, columns * sizeof *to);
+    Element* whole = columns == kColumns ? to : part;
+    for (int v = 0; v < kVecs; ++v) Type::store(whole + v * kWidth, values[v]);
+    if (whole == part) std::memcpy(to, part, columns * sizeof *to);
   }
 }
 

@@ -46,7 +46,8 @@ void compute_piece(const LinearCall& call, int64_t block, int64_t panel, int64_t
     });
     if (is_last)
       with_type(call.out.dtype, [&](auto type) {
-        finish<decltype(type), Weights>(call, row, rows, panel, sums);
+        if (call.w.gated) return finish<decltype(type), Weights, kPanelVecs / 2>(call, row, rows, panel, sums);
+        finish<decltype(type), Weights, kPanelVecs>(call, row, rows, panel, sums);
       });
     ahead += steps * pace;
     values += steps * rows * Weights::kStripBytes;

@@ -71,31 +71,33 @@ inline void pack_row<Bfloat16Pairs>(const LinearCall& call, int64_t m, float* to
 }
 #endif
 
+constexpr int64_t kRowsAheadBytes = 4096;  // how far ahead rows are fetched: one follows another as a rule
+
 // Calls f(k, values) for each vector of a row from its beginning, the last one padded with zeros.
 template <class Type, class F>
 inline void each_vector(const void* row, int64_t columns, F f) {
   const auto* from = static_cast<const typename Type::Element*>(row);
   int64_t k = 0;
-  for (; k + kWidth <= columns; k += kWidth) f(k, Type::load(from + k));
+  for (; k + kWidth <= columns; k += kWidth) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from + k) + kRowsAheadBytes);
+    f(k, Type::load(from + k));
+  }
   if (k == columns) return;
   typename Type::Element tail[kWidth] = {};
   std::memcpy(tail, from + k, (columns - k) * sizeof tail[0]);
   f(k, Type::load(tail));
 }
 
-// max |x| of a row, or NaN where it has one or an infinity: it must reach the result.
+// max |x| of a row, or NaN where it has one or an infinity: it must reach the result. Magnitudes are compared as their
+// bits, which rise with them; those of infinity and NaN lie above all.
 template <class Type>
 inline float largest_magnitude(const void* row, int64_t columns) {
-  Vec largest = zero(), spoilt = zero();
-  each_vector<Type>(row, columns, [&](int64_t, Vec values) {
-    largest = max(absolute(values), largest);
-    spoilt = fma(values, zero(), spoilt);  // NaN or infinity times 0 is NaN
-  });
-  float lanes[kWidth], sum[kWidth], result = 0;
-  store(lanes, largest);
-  store(sum, spoilt);
+  IVec largest = izero();
+  each_vector<Type>(row, columns, [&](int64_t, Vec values) { largest = imax(largest, to_bits(absolute(values))); });
+  float lanes[kWidth], result = 0;
+  istore(lanes, largest);
   for (int i = 0; i < kWidth; ++i) {
-    if (sum[i] != sum[i]) return sum[i];
+    if (!(lanes[i] <= std::numeric_limits<float>::max())) return std::numeric_limits<float>::quiet_NaN();
     result = lanes[i] > result ? lanes[i] : result;
   }
   return result;

@@ -42,6 +42,8 @@ inline IVec iload(const void* p) { return _mm256_loadu_si256(static_cast<const _
 inline void istore(void* p, IVec x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline IVec isub(IVec a, IVec b) { return _mm256_sub_epi32(a, b); }
 inline IVec imul(IVec a, IVec b) { return _mm256_mullo_epi32(a, b); }
+inline IVec imax(IVec a, IVec b) { return _mm256_max_epi32(a, b); }
+inline IVec to_bits(Vec x) { return _mm256_castps_si256(x); }
 inline Vec to_float(IVec x) { return _mm256_cvtepi32_ps(x); }
 inline IVec to_int(Vec x) { return _mm256_cvtps_epi32(x); }
 inline void store_bytes(void* p, IVec x) {

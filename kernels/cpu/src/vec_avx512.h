@@ -53,6 +53,8 @@ inline IVec iload(const void* p) { return _mm512_loadu_si512(p); }
 inline void istore(void* p, IVec x) { _mm512_storeu_si512(p, x); }
 inline IVec isub(IVec a, IVec b) { return _mm512_sub_epi32(a, b); }
 inline IVec imul(IVec a, IVec b) { return _mm512_mullo_epi32(a, b); }
+inline IVec imax(IVec a, IVec b) { return _mm512_max_epi32(a, b); }
+inline IVec to_bits(Vec x) { return _mm512_castps_si512(x); }
 inline Vec to_float(IVec x) { return _mm512_cvtepi32_ps(x); }
 inline IVec to_int(Vec x) { return _mm512_cvtps_epi32(x); }  // to nearest, ties to even
 inline void store_bytes(void* p, IVec x) {  // the lowest byte of each lane
@@ -97,11 +99,15 @@ inline Vec load_bf16(const uint16_t* p) {
 }
 inline void store_bf16(uint16_t* p, Vec x) {  // to nearest, ties to even; NaN stays quiet NaN
   const IVec bits = _mm512_castps_si512(x);
-  const IVec odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const IVec even = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const IVec quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const IVec rounded = _mm512_mask_mov_epi32(even, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  const __mmask16 is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const IVec even = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const IVec nearest = _mm512_mask_add_epi32(even, is_odd, bits, _mm512_set1_epi32(0x8000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const IVec rounded = _mm512_mask_or_epi32(nearest, is_nan, bits, _mm512_set1_epi32(0x400000));
+  const IVec odd_words = _mm512_setr_epi32(0x30001, 0x70005, 0xb0009, 0xf000d, 0x130011, 0x170015, 0x1b0019, 0x1f001d,
+                                           0, 0, 0, 0, 0, 0, 0, 0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_castsi512_si256(_mm512_permutexvar_epi16(odd_words, rounded)));
 }
 inline Vec load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -71,6 +71,10 @@ inline IVec iload(const void* p) {
 inline void istore(void* p, IVec x) { std::memcpy(p, x.lane, sizeof x.lane); }
 inline IVec isub(IVec a, IVec b) { return each<IVec>([&](int i) { return a.lane[i] - b.lane[i]; }); }
 inline IVec imul(IVec a, IVec b) { return each<IVec>([&](int i) { return a.lane[i] * b.lane[i]; }); }
+inline IVec imax(IVec a, IVec b) {
+  return each<IVec>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline IVec to_bits(Vec x) { return each<IVec>([&](int i) { return bits_of(x.lane[i]); }); }
 inline Vec to_float(IVec x) { return each<Vec>([&](int i) { return static_cast<float>(x.lane[i]); }); }
 inline IVec to_int(Vec x) {
   return each<IVec>([&](int i) { return static_cast<int32_t>(std::nearbyint(x.lane[i])); });
