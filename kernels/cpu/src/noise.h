@@ -2,8 +2,8 @@
 // Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 3.3 and table 2.
 //
 // A block of four words serves four neighbouring tokens. Noise is costly and mostly futile, so it is made in two steps:
-// words of many tokens at once bound their noise from above; only where that bound could win is the noise computed, from
-// a word more and in double precision.
+// words of many tokens at once bound their noise from above; only where that bound could win is the noise computed,
+// from a word more and in double precision.
 #pragma once
 #include "numeric.h"
 
@@ -42,8 +42,9 @@ class NoiseBound {
   explicit NoiseBound(const Draw& draw)
       : position_(isplat(static_cast<int32_t>(draw.output_index))), choice_(isplat(static_cast<int32_t>(draw.choice))) {
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-      keys_[round][0] = isplat(static_cast<int32_t>(static_cast<uint32_t>(draw.seed) + round * kKeyIncrements[0]));
-      keys_[round][1] = isplat(static_cast<int32_t>(static_cast<uint32_t>(draw.seed >> 32) + round * kKeyIncrements[1]));
+      const uint32_t low = static_cast<uint32_t>(draw.seed), high = static_cast<uint32_t>(draw.seed >> 32);
+      keys_[round][0] = isplat(static_cast<int32_t>(low + round * kKeyIncrements[0]));
+      keys_[round][1] = isplat(static_cast<int32_t>(high + round * kKeyIncrements[1]));
     }
     // 64-bit lanes are taken by twos, first all even ones and then all odd ones (first_pairs, second_pairs).
     for (int32_t lane = 0; lane < kWidth; ++lane) blocks_[lane] = lane / 4 + (lane & 2 ? kWidth / 4 : 0);
@@ -55,7 +56,8 @@ class NoiseBound {
     IVec c[kPairs][4];
     for (int32_t pair = 0; pair < kPairs; ++pair) {
       const int32_t block = static_cast<int32_t>(first / kTokensPerBlock) + pair * (kWidth / 2);
-      c[pair][0] = iadd(iload(blocks_), isplat(block)), c[pair][1] = position_, c[pair][2] = choice_, c[pair][3] = izero();
+      c[pair][0] = iadd(iload(blocks_), isplat(block));
+      c[pair][1] = position_, c[pair][2] = choice_, c[pair][3] = izero();
     }
     encrypt(c);
     for (int pair = 0; pair < kPairs; ++pair) {
@@ -69,7 +71,8 @@ class NoiseBound {
   // Counters become words, both in the even lanes; what the odd lanes hold is never looked at.
   template <int kPairs>
   inline __attribute__((always_inline)) void encrypt(IVec (&c)[kPairs][4]) const {
-    const IVec first = isplat(static_cast<int32_t>(kMultipliers[0])), second = isplat(static_cast<int32_t>(kMultipliers[1]));
+    const IVec first = isplat(static_cast<int32_t>(kMultipliers[0]));
+    const IVec second = isplat(static_cast<int32_t>(kMultipliers[1]));
 #pragma GCC unroll 10
     for (int round = 0; round < kPhiloxRounds; ++round)
 #pragma GCC unroll 4

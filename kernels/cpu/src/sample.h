@@ -1,8 +1,9 @@
 // Drawing and scoring tokens, row by row: `kernels/sampling.py` says what comes out.
 //
-// A row comes from memory once. The first pass finds the largest of every tile; later ones find the row in the cache and
-// skip tiles by it. What could depend on an order is exact: comparisons, random words, sums of integer weights; a
-// log-sum-exp has one tree. So what is skipped, because it provably cannot win, is never missed. Threads share out rows.
+// A row comes from memory once. The first pass finds the largest of every tile; later ones find the row in the cache
+// and skip tiles by it. What could depend on an order is exact: comparisons, random words, sums of integer weights; a
+// log-sum-exp has one tree. So what is skipped, because it provably cannot win, is never missed. Threads share out
+// rows.
 #pragma once
 #include <algorithm>
 
@@ -14,6 +15,7 @@ namespace STAFFETTA_ISA {
 
 constexpr int64_t kSelectTile = 256;
 constexpr int kBuckets = 2048;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
 constexpr float kWeightOf1 = 1 << 30;
 constexpr double kWeightless = -22.0;  // 2^30 e^-22 is less than half a unit
@@ -94,6 +96,14 @@ inline void each_group_from(const Row& row, const float& lowest, F f) {
   }
 }
 
+// A bit for each of 64 entries that is not below `bound`.
+inline uint64_t entries_from(float bound, const float* x) {
+  uint64_t entries = 0;
+  for (int v = 0; v < kLaneVecs; ++v)
+    entries |= static_cast<uint64_t>(lanes_not_below(load(x + v * kWidth), splat(bound))) << v * kWidth;
+  return entries;
+}
+
 // Finds the largest of each tile. Returns whether all entries are finite. Bytes: 4 n, from memory.
 inline bool find_maxima(const float* z, int64_t n, float* maxima) {
   Vec trouble[kLaneVecs];  // becomes NaN by an entry that is not finite
@@ -166,26 +176,66 @@ inline void adjust(const float* logits, int64_t n, const Draw& draw, const int64
     if (is_token(*id)) copy[*id] = kMinusInfinity;
 }
 
-// Where the weights of the tokens, taken in order, reach target(their total); all are kept when they never do. weigh(begin,
-// x, w) gives the weights of 64 entries, 0 for those that do not count, and for all of tiles below `lowest`. Entries fall
-// into buckets by their logit, which is exact because it only orders them; the bucket of the target is then sorted.
+// The candidate, in order, at which the weights reach `target`, counted from `reached` on; the last when they never do.
+inline Cut select(Candidate* begin, Candidate* end, uint64_t reached, double target) {
+  while (end - begin > 32) {
+    Candidate* middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, Before{});
+    uint64_t mass = 0;
+    for (const Candidate* c = begin; c < middle; ++c) mass += c->weight;
+    if (static_cast<double>(reached + mass) >= target) {
+      end = middle;
+    } else {
+      reached += mass;
+      begin = middle;
+    }
+  }
+  std::sort(begin, end, Before{});
+  for (; begin < end - 1; ++begin) {
+    reached += begin->weight;
+    if (static_cast<double>(reached) >= target) break;
+  }
+  return {begin->value, begin->id};
+}
+
+// From which logits on a cut looks: tiles with none from `lowest` on weigh nothing, and the target is reached at a
+// logit that is not below `reaching`.
+struct Range {
+  float lowest, reaching;
+};
+
+// Where the weights of the tokens that `within` keeps, in order, reach target(their total); all that weigh
+// anything are kept when they never do. weigh(z) is not negative and below 2^31; it is rounded. Tokens fall into
+// buckets by their logit, which is exact because it only orders them; the bucket that reaches the target is searched.
 template <class Weigh, class Target>
-inline Cut cut_where(const Row& row, float lowest, Weigh weigh, Target target_of, Candidate* candidates) {
-  const float width = row.largest - lowest < kLargestFloat ? row.largest - lowest : kLargestFloat;
+inline Cut cut_where(const Row& row, const Range& range, const Cut& within, Weigh weigh, Target target_of,
+                     Candidate* candidates) {
+  const float wide = row.largest - range.reaching, width = wide < kLargestFloat ? wide : kLargestFloat;
   const float scale = width > kBuckets / kLargestFloat ? (kBuckets - 1) / width : kLargestFloat;
-  alignas(64) int32_t weights[kLanes], buckets[kLanes];
-  const auto bucket_of = [&](Vec x) {  // rises as x falls
-    const Vec place = mul(sub(splat(row.largest), x), splat(scale));
+  const auto weight_of = [&](Vec z) { return to_int(zero_below(weigh(z), z, splat(within.z))); };
+  const auto bucket_of = [&](Vec z) {  // rises as z falls
+    const Vec place = mul(sub(splat(row.largest), z), splat(scale));
     return to_int(sub(zero(), max(sub(zero(), place), splat(-kBuckets))));
   };
-  uint64_t mass[kBuckets + 1] = {};
-  each_group_from(row, lowest, [&](int64_t begin, const float* x) {
-    weigh(begin, x, weights);
+  alignas(64) int32_t weights[kLanes], buckets[kLanes];
+  uint64_t mass[kBuckets + 1] = {}, total = 0, reached = 0;
+  each_group_from(row, range.lowest, [&](int64_t begin, const float* x) {
+    for (int v = 0; v < kLaneVecs; ++v) istore(weights + v * kWidth, weight_of(load(x + v * kWidth)));
+    for (int64_t i = most(0, within.id + 1 - begin); i < kLanes; ++i)
+      if (x[i] == within.z) weights[i] = 0;
+    for (int i = 0; i < kLanes; ++i) total += static_cast<uint32_t>(weights[i]);
+    uint64_t counted = entries_from(range.reaching, x);
+    if (!counted) return;
     for (int v = 0; v < kLaneVecs; ++v) istore(buckets + v * kWidth, bucket_of(load(x + v * kWidth)));
-    for (int i = 0; i < kLanes; ++i) mass[buckets[i]] += static_cast<uint32_t>(weights[i]);
+    if (__builtin_popcountll(counted) > kLanes / 2) {  // those that need not be counted do no harm
+      for (int i = 0; i < kLanes; ++i) mass[buckets[i]] += static_cast<uint32_t>(weights[i]);
+    } else {
+      for (; counted; counted &= counted - 1) {
+        const int i = __builtin_ctzll(counted);
+        mass[buckets[i]] += static_cast<uint32_t>(weights[i]);
+      }
+    }
   });
-  uint64_t total = 0, reached = 0;
-  for (const uint64_t part : mass) total += part;
   const double target = target_of(static_cast<double>(total));
   int bucket = 0;
   while (bucket < kBuckets && static_cast<double>(reached + mass[bucket]) < target) reached += mass[bucket++];
@@ -193,53 +243,42 @@ inline Cut cut_where(const Row& row, float lowest, Weigh weigh, Target target_of
   // What may be in the bucket is found by two comparisons; what is, by the bucket itself.
   const double reach = (bucket + 1) / static_cast<double>(scale), slack = (__builtin_fabs(row.largest) + reach) * 1e-6;
   const float low = bucket < kBuckets ? static_cast<float>(row.largest - reach - slack) : kMinusInfinity;
-  const float high = static_cast<float>(row.largest - (bucket - 1) / static_cast<double>(scale) + slack);
+  const float high =
+      bucket ? static_cast<float>(row.largest - (bucket - 1) / static_cast<double>(scale) + slack) : kInfinity;
   int64_t count = 0;
-  each_group_from(row, low > lowest ? low : lowest, [&](int64_t begin, const float* x) {
-    uint64_t members = 0;
-    for (int v = 0; v < kLaneVecs; ++v) {
-      const Vec z = load(x + v * kWidth);
-      members |= static_cast<uint64_t>(lanes_not_below(z, splat(low)) & lanes_not_below(splat(high), z)) << v * kWidth;
-    }
-    if (!members) return;
-    weigh(begin, x, weights);
-    for (int v = 0; v < kLaneVecs; ++v) istore(buckets + v * kWidth, bucket_of(load(x + v * kWidth)));
-    for (; members; members &= members - 1) {
+  each_group_from(row, low > range.lowest ? low : range.lowest, [&](int64_t begin, const float* x) {
+    for (uint64_t members = entries_from(low, x) & ~entries_from(high, x); members; members &= members - 1) {
       const int i = __builtin_ctzll(members);
-      if (buckets[i] == bucket && weights[i])
-        candidates[count++] = {x[i], static_cast<int32_t>(begin + i), static_cast<uint32_t>(weights[i])};
+      if (first(to_float(bucket_of(splat(x[i])))) != bucket || !within.keeps(x[i], begin + i)) continue;
+      const float weight = first(to_float(weight_of(splat(x[i]))));  // exact: no more than 24 bits are set
+      if (weight > 0) candidates[count++] = {x[i], static_cast<int32_t>(begin + i), static_cast<uint32_t>(weight)};
     }
   });
-  put_in_order(candidates, candidates + count);
-  for (const Candidate* c = candidates; c < candidates + count; ++c) {
-    reached += c->weight;
-    if (static_cast<double>(reached) >= target) return {c->value, c->id};
-  }
-  return {kMinusInfinity, row.n};
+  return count ? select(candidates, candidates + count, reached, target) : Cut{kMinusInfinity, row.n};
 }
 
 // Keeps the k largest.
 inline Cut cut_by_count(const Row& row, int64_t k, const SampleScratch& scratch) {
-  const auto count_all = [](int64_t, const float* x, int32_t* weights) {
-    for (int v = 0; v < kLaneVecs; ++v)
-      istore(weights + v * kWidth, to_int(zero_below(splat(1.0f), load(x + v * kWidth), splat(-kLargestFloat))));
-  };
+  const auto weigh = [](Vec z) { return zero_below(splat(1.0f), z, splat(-kLargestFloat)); };
   const auto target = [k](double) { return static_cast<double>(k); };
-  return cut_where(row, kth_maximum(row, k, scratch.ranked), count_all, target, scratch.candidates);
+  const float lowest = kth_maximum(row, k, scratch.ranked);
+  return cut_where(row, {lowest, lowest}, {kMinusInfinity, row.n}, weigh, target, scratch.candidates);
 }
 
-// Keeps the fewest, of those that `within` keeps, whose weights reach the share p of the total.
+// Keeps the fewest, of those that `within` keeps, whose weights, 2^30 e^score, reach the share p of the total.
 inline Cut cut_by_weight(const Row& row, double p, const Cut& within, const SampleScratch& scratch) {
-  const auto weigh = [&](int64_t begin, const float* x, int32_t* weights) {  // round(2^30 e^score)
-    for (int v = 0; v < kLaneVecs; ++v) {
-      const Vec z = load(x + v * kWidth), weight = mul(exp(row.score(z)), splat(kWeightOf1));
-      istore(weights + v * kWidth, to_int(zero_below(weight, z, splat(within.z))));
-    }
-    for (int64_t i = most(0, within.id + 1 - begin); i < kLanes; ++i)
-      if (x[i] == within.z) weights[i] = 0;
-  };
+  const auto weigh = [&](Vec z) { return mul(exp(row.score(z)), splat(kWeightOf1)); };
+  // n tokens of a weight up to (1 - p) total / n are together no more than what may be cut, so the last one that is
+  // kept has more. The tiles' maxima alone weigh no more than the total.
+  double least_total = 0;
+  for (int64_t tile = 0; tile < row.num_tiles(); ++tile)
+    if (row.maxima[tile] > within.z) least_total += first(weigh(splat(row.maxima[tile])));
+  const double share = (1.0 - p) * least_total / static_cast<double>(row.n) - 1.0;
   const float weighty = row.lowest_with(kWeightless), lowest = weighty > within.z ? weighty : within.z;
-  return cut_where(row, lowest, weigh, [p](double total) { return p * total; }, scratch.candidates);
+  const float reaching = share > 1.0 ? row.lowest_with(log(share / kWeightOf1) - 1e-3) : lowest;
+  const Range range{lowest, reaching > lowest ? reaching : lowest};
+  const auto target = [p](double total) { return p * total; };
+  return cut_where(row, range, within, weigh, target, scratch.candidates);
 }
 
 // The token whose score and noise together are the most, of those that are kept; of equals the lower id.
@@ -301,8 +340,8 @@ inline int64_t draw_token(const float* logits, int64_t n, const Draw& draw, cons
 }
 
 // Draws tokens[d] as draws[d] says. Bytes: 4 draws vocabulary, from memory; Philox bounds it where nothing is filtered.
-inline void sample(const Matrix& logits, const Draw* draws, int64_t num_draws, const int64_t* token_ids, int64_t* tokens,
-                   int threads) {
+inline void sample(const Matrix& logits, const Draw* draws, int64_t num_draws, const int64_t* token_ids,
+                   int64_t* tokens, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && num_draws * logits.columns > kSerialElements) \
     schedule(dynamic)
   for (int64_t d = 0; d < num_draws; ++d) {
@@ -344,8 +383,9 @@ inline void score_row(const ScoreArguments& call, int64_t item, int threads) {
   const auto logprob = [&](float x) { return x - row.largest - logarithm; };
   call.logprobs[item] = logprob(z[call.targets[item]]);
   if (k == 0) return;
-  // Different logits may have equal log-probabilities; then the lower id comes first, so the border is one of the latter.
-  const float lowest = kth_maximum(row, k, scratch.ranked), border = k <= row.num_tiles() ? logprob(lowest) : kMinusInfinity;
+  // Different logits may have equal log-probabilities; then the lower id comes first, so the border is one of those.
+  const float lowest = kth_maximum(row, k, scratch.ranked);
+  const float border = k <= row.num_tiles() ? logprob(lowest) : kMinusInfinity;
   int64_t count = 0;
   for (int64_t tile = 0; tile < row.num_tiles(); ++tile) {
     if (logprob(row.maxima[tile]) < border) continue;
@@ -361,8 +401,8 @@ inline void score_row(const ScoreArguments& call, int64_t item, int threads) {
 
 // Bytes: 4 rows vocabulary, from memory.
 inline void score_tokens(const ScoreArguments& call, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && call.num_rows * call.logits.columns > kSerialElements) \
-    schedule(dynamic)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) \
+    if (threads > 1 && call.num_rows * call.logits.columns > kSerialElements)
   for (int64_t item = 0; item < call.num_rows; ++item) score_row(call, item, threads);
 }
 
