@@ -44,7 +44,16 @@ class Measurement:
     rate: float
 
 
-async def measure(targets: Sequence[Target], plan: Plan, *, say: Callable[[str], None]) -> Measurement:
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Who is told how a run goes on: `say` gets lines for people, `between` is called when a round is over and every
+    server idles."""
+
+    say: Callable[[str], None]
+    between: Callable[[], None] = lambda: None
+
+
+async def measure(targets: Sequence[Target], plan: Plan, observer: Observer) -> Measurement:
     """Opens `targets`, at least one, runs every workload, closes them. Raises TargetError when one fails."""
     try:
         for target in targets:
@@ -55,10 +64,10 @@ async def measure(targets: Sequence[Target], plan: Plan, *, say: Callable[[str],
         for workload in plan.workloads:
             if workload.name == W4.name and workload.rate is None:
                 rate = plan.rate or SHARE_OF_CAPACITY * await _capacity(targets[0], workload, plan)
-                say(f"{workload.name}: {rate:.2f} requests per second")
-                results += await _alternate(targets, workload.at_rate(rate), plan, say)
+                observer.say(f"{workload.name}: {rate:.2f} requests per second")
+                results += await _alternate(targets, workload.at_rate(rate), plan, observer)
             else:
-                results += await _alternate(targets, workload, plan, say)
+                results += await _alternate(targets, workload, plan, observer)
         return Measurement(tuple(results), rate)
     finally:
         for target in targets:
@@ -80,7 +89,7 @@ async def _capacity(target: Target, workload: Workload, plan: Plan) -> float:
 
 
 async def _alternate(
-    targets: Sequence[Target], workload: Workload, plan: Plan, say: Callable[[str], None]
+    targets: Sequence[Target], workload: Workload, plan: Plan, observer: Observer
 ) -> list[PhaseResult]:
     rounds: dict[tuple[str, str], list[Figures]] = {
         (phase, target.name): [] for phase in workload.phase_names for target in targets
@@ -92,7 +101,8 @@ async def _alternate(
                 run = await run_phase(target, phase)
                 found = figures(run.records, slo=plan.slo, client_cpu_s=run.client_cpu_s)
                 rounds[phase.name, target.name].append(found)
-        say(f"{workload.name}: round {number + 1} of {plan.rounds}")
+        observer.say(f"{workload.name}: round {number + 1} of {plan.rounds}")
+        observer.between()
     return [PhaseResult(phase, target, tuple(found)) for (phase, target), found in rounds.items()]
 
 

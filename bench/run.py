@@ -20,10 +20,10 @@ from bench.limits import Limits, best_limits, limits_table, measure_limits
 from bench.local_server import LocalServer
 from bench.machine import describe_machine
 from bench.make_checkpoint import CheckpointFormat, make_checkpoint
-from bench.measure import Measurement, PhaseResult, measurement_table
+from bench.measure import Measurement, Observer, PhaseResult, measurement_table
 from bench.record import medians
 from bench.result import write_result
-from bench.serve import add_plan_arguments, make_plan, measure_now
+from bench.serve import add_plan_arguments, make_plan, measure_now, tell
 from bench.shapes import SHAPES, ModelShape
 from bench.table import format_table
 from bench.workload import W1, W2, WORKLOADS
@@ -34,6 +34,7 @@ RESULTS: Final = Path("bench/results")
 _SEED: Final = 1
 _QUICK_WORKLOADS: Final = (W1.name, W2.name)
 _PROBE_S: Final = 0.2
+_BETWEEN_S: Final = 0.05
 _KERNEL_WEIGHTS: Final = ("bf16", "int8")
 
 
@@ -108,17 +109,28 @@ def run_kernels(limits: Limits) -> tuple[list[KernelResult], Limits]:
     return measure_kernels(backend, names=MEASURED_SHAPES, stored=stored, seconds=_PROBE_S, limits=limits)
 
 
-def run_system(weights: Weights, options: argparse.Namespace, *, threads: int) -> SystemResult:
-    """Starts both servers, measures them in turns, ends them."""
+class LimitProbe:
+    """Measures the limits again and again, and keeps the best: a busy neighbour hides them at any one moment."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+
+    def again(self) -> None:
+        """Takes about a second."""
+        self.limits = best_limits(self.limits, measure_limits(threads=self.limits.threads, seconds=_BETWEEN_S))
+
+
+def run_system(weights: Weights, options: argparse.Namespace, probe: LimitProbe) -> SystemResult:
+    """Starts both servers, measures them and the limits in turns, ends them."""
     shape = SHAPES[options.shape]
     model = checkpoint(options.shape, weights.checkpoint)
     plan = make_plan(options, [WORKLOADS[name] for name in options.workloads])
     plan = dataclasses.replace(plan, vocab_size=shape.vocab_size)
-    both = servers(weights, model, threads=threads)
+    both = servers(weights, model, threads=probe.limits.threads)
     with ExitStack() as stack:
         for server in both:
             stack.enter_context(server)
-        measurement = measure_now([server.target for server in both], plan)
+        measurement = measure_now([server.target for server in both], plan, Observer(tell, probe.again))
     return SystemResult(
         weights=weights.value,
         commands={server.name: server.command for server in both},
@@ -162,12 +174,13 @@ def main(argv: Sequence[str]) -> int:
     if not options.quick:
         kernels, limits = run_kernels(limits)
         print(f"kernels\n\n{kernels_table(kernels)}\n", flush=True)
+    probe = LimitProbe(limits)
     systems = []
     for name in options.weights:
-        system = run_system(Weights(name), options, threads=limits.threads)
-        limits = best_limits(limits, measure_limits(threads=limits.threads, seconds=_PROBE_S))
+        system = run_system(Weights(name), options, probe)
         systems.append(system)
         print(f"{name}\n\n{measurement_table(system.measurement)}\n", flush=True)
+    limits = probe.limits
     print(f"limits of this machine\n\n{limits_table(limits)}\n")
     print(f"W1 beside its floor\n\n{floor_table(systems, SHAPES[options.shape], limits)}")
     content = {

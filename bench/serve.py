@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measure import Measurement, Plan, measure, measurement_table
+from bench.measure import Measurement, Observer, Plan, measure, measurement_table
 from bench.record import Slo
 from bench.result import write_result
 from bench.target import TargetError, make_target, parse_target
@@ -64,13 +64,18 @@ def _chosen(options: argparse.Namespace) -> list[Workload]:
     return [custom]
 
 
-def measure_now(addresses: Sequence[str], plan: Plan) -> Measurement:
-    """Runs `plan` against servers named as on the command line, to its end; tells its progress on standard error."""
+def tell(line: str) -> None:
+    """Progress, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def measure_now(addresses: Sequence[str], plan: Plan, observer: Observer) -> Measurement:
+    """Runs `plan` against servers named as on the command line, to its end."""
     import uvloop
 
     async def run() -> Measurement:
         targets = [make_target(parse_target(address)) for address in addresses]
-        return await measure(targets, plan, say=lambda line: print(line, file=sys.stderr, flush=True))
+        return await measure(targets, plan, observer)
 
     return uvloop.run(run())
 
@@ -86,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, help="file for the result as JSON")
     options = parser.parse_args(argv)
     try:
-        measurement = measure_now(options.servers, make_plan(options, _chosen(options)))
+        measurement = measure_now(options.servers, make_plan(options, _chosen(options)), Observer(tell))
     except (OperatorError, TargetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitCode.FAILURE
