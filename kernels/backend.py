@@ -6,7 +6,7 @@ nothing is loaded or built until it is chosen.
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -137,6 +137,23 @@ class Linear(Protocol):
         """
 
 
+class Packing(Protocol):
+    """How a backend's linear layers are kept where other processes find them, so that each is prepared once."""
+
+    @property
+    def version(self) -> str:
+        """Names what the tensors mean: those of another version say nothing here."""
+
+    def tensors(self, layer: Linear) -> Mapping[str, Tensor]:
+        """A prepared layer as named tensors [n] or [n, m], contiguous, to be read only. TypeError for others'."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> Linear:
+        """The layer again, over the memory of `tensors`, which may be read-only. Bits of results are the same.
+
+        Raises ValueError for tensors whose names, types or sizes are not those of a layer; contents are believed.
+        """
+
+
 def check_scales(weight: Tensor, scales: Tensor | None) -> None:
     """Raises ValueError unless a weight [N, K] that is int8, and no other, has scales [N]."""
     if weight.dtype is not torch.int8:
@@ -236,6 +253,10 @@ class Backend(Operations, Protocol):
         """The layer silu(gate(x)) up(x), from weight and bias of each; `scales` as in `prepare_linear`, one of each."""
 
     def rope_tables(self, rope: Rope, *, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]: ...
+
+    @property
+    def packing(self) -> Packing | None:
+        """How prepared layers are kept; None where preparing them costs nothing."""
 
     def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
         """Returns `definition` over this backend's operations, as one call where the backend has that.

@@ -273,6 +273,7 @@ class ReferenceBackend:
 
     name = "cpu (reference)"
     abi_version = 3
+    packing = None
 
     @property
     def instruction_set(self) -> str:

@@ -12,95 +12,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kernels.backend import Batch, Definition, Linear, Rotation, Spans, WeightFormat, check_scales
 from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
+from kernels.cpu.linear import CpuLinear, CpuPacking, interleave, pack
 from kernels.cpu.memory import WeightMemory
 from kernels.reference import rope_tables
 from kernels.rope import Rope
 from kernels.sampling import TokenDraw, TokenScores
-
-_PANEL = 32
-
-
-_MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
-"""Products of two int8 are summed in int32, exactly as long as there are no more of them than this."""
-
-
-class CpuLinear:
-    """A linear layer in panels of 32 outputs, with its epilogue. Keeps no tensor that it is given."""
-
-    def __init__(
-        self,
-        backend: "CpuBackend",
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        kind: WeightKind,
-        scales: Tensor | None,
-        gated_outputs: int | None,
-    ) -> None:
-        """`scales` are those of a weight that is int8, else None.
-
-        `gated_outputs` None: as many outputs as weight has rows. Else rows alternate as `_interleave` lays them.
-        """
-        outputs, inputs = weight.shape
-        if not inputs:
-            raise ValueError("a linear layer needs at least one input")
-        if kind is WeightKind.INT8 and inputs > _MAX_INT8_INPUTS:
-            raise ValueError(f"{inputs} inputs overflow the sums of an INT8 layer; up to {_MAX_INT8_INPUTS} fit")
-        library, padded = backend.library, -(-outputs // _PANEL) * _PANEL
-        self._backend = backend
-        self.out_features = outputs if gated_outputs is None else gated_outputs
-        self._panels = backend.weight_memory.take(library.staffetta_packed_bytes(kind, outputs, inputs))
-        if scales is None:
-            self._scales = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.float32)
-        else:
-            self._scales = functional.pad(scales.float(), (0, padded - outputs))
-        self._sums = torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.int32)
-        self._bias = None if bias is None else functional.pad(bias.float(), (0, padded - outputs))
-        source = rows(weight)
-        library.staffetta_pack(
-            kind,
-            byref(matrix(source)),
-            self._panels.data_ptr(),
-            self._scales.data_ptr(),
-            self._sums.data_ptr(),
-            backend.threads,
-        )
-        self.packed = abi.PackedWeight(
-            panels=self._panels.data_ptr(),
-            bias=None if self._bias is None else self._bias.data_ptr(),
-            scales=self._scales.data_ptr(),
-            sums=self._sums.data_ptr(),
-            inputs=inputs,
-            outputs=outputs,
-            kind=kind,
-            gated=int(gated_outputs is not None),
-        )
-
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
-        if x.dim() != 2 or x.shape[1] != self.packed.inputs:
-            raise ValueError(f"x has shape {list(x.shape)}, the layer takes [rows, {self.packed.inputs}]")
-        x = rows(x)
-        out = x.new_empty(len(x), self.out_features)
-        if residual is not None and residual.shape != out.shape:
-            raise ValueError(f"residual has shape {list(residual.shape)}, the result {list(out.shape)}")
-        other = None if residual is None else rows(residual.to(x.dtype))
-        status = self._backend.library.staffetta_linear(
-            self._backend.isa,
-            self._backend.threads,
-            byref(self.packed),
-            byref(matrix(x)),
-            byref(abi.NO_MATRIX if other is None else matrix(other)),
-            byref(matrix(out)),
-        )
-        check(status, out_of_range="")
-        return out
 
 
 class CpuBackend:
@@ -123,6 +44,7 @@ class CpuBackend:
             raise ValueError(f"this machine has {best.name.lower()} at best, not {self.isa.name.lower()}")
         self.threads = threads
         self.weight_memory = WeightMemory()
+        self._library_path = library_path
 
     @property
     def name(self) -> str:
@@ -168,6 +90,11 @@ class CpuBackend:
 
         return CompiledStep(self, definition)
 
+    @property
+    def packing(self) -> CpuPacking:
+        """How prepared layers are kept between processes."""
+        return CpuPacking(self, self._library_path.read_bytes())
+
     def prepare_linear(
         self,
         weight: Tensor,
@@ -178,7 +105,7 @@ class CpuBackend:
     ) -> CpuLinear:
         """Packs weight [N, K] and bias [N]. float16 weights are kept as float32, int8 ones as they are."""
         check_scales(weight, scales)
-        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), scales=scales, gated_outputs=None)
+        return pack(self, weight, bias, kind=_kind(weight, stored), scales=scales, gated_outputs=None)
 
     def prepare_gated_linear(
         self,
@@ -189,15 +116,15 @@ class CpuBackend:
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> CpuLinear:
         """Packs the layer silu(gate(x)) up(x), from weight [N, K] and bias [N] of each. One pass over x."""
-        weight = _interleave(gate[0], up[0])
+        weight = interleave(gate[0], up[0])
         bias = joined = None
         if gate[1] is not None and up[1] is not None:
-            bias = _interleave(gate[1][:, None], up[1][:, None])[:, 0]
+            bias = interleave(gate[1][:, None], up[1][:, None])[:, 0]
         for (part, _), given in zip((gate, up), scales or (None, None), strict=True):
             check_scales(part, given)
         if scales is not None:
-            joined = _interleave(scales[0][:, None], scales[1][:, None])[:, 0]
-        return CpuLinear(self, weight, bias, kind=_kind(weight, stored), scales=joined, gated_outputs=len(gate[0]))
+            joined = interleave(scales[0][:, None], scales[1][:, None])[:, 0]
+        return pack(self, weight, bias, kind=_kind(weight, stored), scales=joined, gated_outputs=len(gate[0]))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `kernels.reference.rms_norm`."""
@@ -334,14 +261,6 @@ def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:
     if stored is WeightFormat.INT8 or weight.dtype is torch.int8:
         return WeightKind.INT8
     return WeightKind.BFLOAT16 if weight.dtype is torch.bfloat16 else WeightKind.FLOAT32
-
-
-def _interleave(gate: Tensor, up: Tensor) -> Tensor:
-    """16 rows of gate, 16 of up, and so on: both halves of a product in one panel. Padded with zeros."""
-    half = _PANEL // 2
-    padding = (0, 0, 0, -len(gate) % half)
-    blocks = [functional.pad(tensor, padding).view(-1, half, tensor.shape[1]) for tensor in (gate, up)]
-    return torch.stack(blocks, dim=1).flatten(0, 2)
 
 
 def _heads_as_rows(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Batch, Definition, Linear, Rotation, Spans
-from kernels.cpu.backend import CpuLinear
 from kernels.cpu.library import (
     DTYPES,
     MAX_RESULTS,
@@ -26,6 +25,7 @@ from kernels.cpu.library import (
     matrix,
     rows,
 )
+from kernels.cpu.linear import CpuLinear
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,211 @@
+"""Linear layers of the compiled kernels: weights packed in panels, and how packed weights are kept between processes.
+
+Packing happens once, when a model is loaded; what it makes does not depend on the number of threads. A layer reads its
+buffers and never writes them: they may be read-only memory that several processes share.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from ctypes import CDLL, byref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.backend import Linear
+from kernels.cpu import library as abi
+from kernels.cpu.library import WeightKind, check, matrix, rows
+
+if TYPE_CHECKING:
+    from kernels.cpu.backend import CpuBackend
+
+PANEL = 32
+"""Outputs of a panel."""
+
+PACKING_VERSION = 1
+"""Grows when this module gives its buffers another meaning; what the library does with them is told by its digest."""
+
+_MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
+"""Products of two int8 are summed in int32, exactly as long as there are no more of them than this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LinearBuffers:
+    """A layer's packed weights. `outputs` counts packed rows, `out_features` what the layer returns: half, when gated.
+
+    panels: uint8, as `src/pack.h` lays them. scales, sums: [padded outputs], float32 and int32, empty but for INT8.
+    bias: [padded outputs], float32, or empty. Outputs are padded to whole panels.
+    """
+
+    kind: WeightKind
+    inputs: int
+    outputs: int
+    out_features: int
+    panels: Tensor
+    scales: Tensor
+    sums: Tensor
+    bias: Tensor
+
+
+class CpuLinear:
+    """A linear layer in panels of 32 outputs, with its epilogue. Immutable."""
+
+    def __init__(self, backend: "CpuBackend", buffers: LinearBuffers) -> None:
+        self._backend = backend
+        self.buffers = buffers
+        self.out_features = buffers.out_features
+        self.packed = abi.PackedWeight(
+            panels=buffers.panels.data_ptr(),
+            bias=buffers.bias.data_ptr() or None,
+            scales=buffers.scales.data_ptr(),
+            sums=buffers.sums.data_ptr(),
+            inputs=buffers.inputs,
+            outputs=buffers.outputs,
+            kind=buffers.kind,
+            gated=int(buffers.out_features != buffers.outputs),
+        )
+
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
+        if x.dim() != 2 or x.shape[1] != self.packed.inputs:
+            raise ValueError(f"x has shape {list(x.shape)}, the layer takes [rows, {self.packed.inputs}]")
+        x = rows(x)
+        out = x.new_empty(len(x), self.out_features)
+        if residual is not None and residual.shape != out.shape:
+            raise ValueError(f"residual has shape {list(residual.shape)}, the result {list(out.shape)}")
+        other = None if residual is None else rows(residual.to(x.dtype))
+        status = self._backend.library.staffetta_linear(
+            self._backend.isa,
+            self._backend.threads,
+            byref(self.packed),
+            byref(matrix(x)),
+            byref(abi.NO_MATRIX if other is None else matrix(other)),
+            byref(matrix(out)),
+        )
+        check(status, out_of_range="")
+        return out
+
+
+def pack(
+    backend: "CpuBackend",
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    kind: WeightKind,
+    scales: Tensor | None,
+    gated_outputs: int | None,
+) -> CpuLinear:
+    """Packs weight [N, K] and bias [N] into memory of the backend's; keeps no tensor that it is given.
+
+    `scales` are those of a weight that is int8, else None. `gated_outputs` None: as many outputs as weight has rows.
+    Else rows alternate as `interleave` lays them. Raises ValueError for a weight without inputs, or with too many.
+    """
+    outputs, inputs = weight.shape
+    _check_inputs(kind, inputs)
+    padded = _padded(outputs)
+    num_scales = padded if kind is WeightKind.INT8 else 0
+    buffers = LinearBuffers(
+        kind=kind,
+        inputs=inputs,
+        outputs=outputs,
+        out_features=outputs if gated_outputs is None else gated_outputs,
+        panels=backend.weight_memory.take(backend.library.staffetta_packed_bytes(kind, outputs, inputs)),
+        scales=torch.empty(num_scales) if scales is None else functional.pad(scales.float(), (0, padded - outputs)),
+        sums=torch.empty(num_scales, dtype=torch.int32),
+        bias=torch.empty(0) if bias is None else functional.pad(bias.float(), (0, padded - outputs)),
+    )
+    source = rows(weight)
+    backend.library.staffetta_pack(
+        kind,
+        byref(matrix(source)),
+        buffers.panels.data_ptr(),
+        buffers.scales.data_ptr(),
+        buffers.sums.data_ptr(),
+        backend.threads,
+    )
+    return CpuLinear(backend, buffers)
+
+
+def interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """16 rows of gate, 16 of up, and so on: both halves of a product in one panel. Padded with zeros."""
+    half = PANEL // 2
+    padding = (0, 0, 0, -len(gate) % half)
+    blocks = [functional.pad(tensor, padding).view(-1, half, tensor.shape[1]) for tensor in (gate, up)]
+    return torch.stack(blocks, dim=1).flatten(0, 2)
+
+
+class CpuPacking:
+    """Layers as named tensors and back: the `kernels.backend.Packing` of the compiled kernels."""
+
+    def __init__(self, backend: "CpuBackend", library: bytes) -> None:
+        """`library` is the shared library's content."""
+        self._backend = backend
+        self._digest = hashlib.blake2b(library, digest_size=16).hexdigest()
+
+    @property
+    def version(self) -> str:
+        """Another one for every build of the library: no hand needs to remember that a layout has changed."""
+        return f"panels {PACKING_VERSION} {self._digest}"
+
+    def tensors(self, layer: Linear) -> dict[str, Tensor]:
+        """The layer's buffers that are not empty, and its numbers as `shape`, [4], int64. Shares their memory."""
+        if not isinstance(layer, CpuLinear):
+            raise TypeError(f"{layer!r} is no linear layer of the compiled kernels")
+        own = layer.buffers
+        shape = torch.tensor([own.kind, own.inputs, own.outputs, own.out_features])
+        named = {"panels": own.panels, "scales": own.scales, "sums": own.sums, "bias": own.bias}
+        return {"shape": shape} | {name: tensor for name, tensor in named.items() if len(tensor)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> CpuLinear:
+        """A layer over `tensors`, which it keeps. Raises ValueError unless they are what `tensors` returns for one."""
+        shape = tensors.get("shape", torch.empty(0))
+        if shape.dtype is not torch.int64 or shape.shape != (4,):
+            raise ValueError(f"a packed layer has a shape of {shape.dtype} {list(shape.shape)}")
+        number, inputs, outputs, out_features = shape.tolist()
+        kind = WeightKind(number)
+        _check_inputs(kind, inputs)
+        is_gated = out_features != outputs
+        if outputs < 0 or (is_gated and outputs != 2 * _padded(out_features, PANEL // 2)):
+            raise ValueError(f"a packed layer has {outputs} rows for {out_features} outputs")
+        buffers = LinearBuffers(
+            kind=kind,
+            inputs=inputs,
+            outputs=outputs,
+            out_features=out_features,
+            panels=tensors.get("panels", torch.empty(0, dtype=torch.uint8)),
+            scales=tensors.get("scales", torch.empty(0)),
+            sums=tensors.get("sums", torch.empty(0, dtype=torch.int32)),
+            bias=tensors.get("bias", torch.empty(0)),
+        )
+        _check(buffers, self._backend.library)
+        return CpuLinear(self._backend, buffers)
+
+
+def _check_inputs(kind: WeightKind, inputs: int) -> None:
+    if inputs < 1:
+        raise ValueError("a linear layer needs at least one input")
+    if kind is WeightKind.INT8 and inputs > _MAX_INT8_INPUTS:
+        raise ValueError(f"{inputs} inputs overflow the sums of an INT8 layer; up to {_MAX_INT8_INPUTS} fit")
+
+
+def _check(buffers: LinearBuffers, library: CDLL) -> None:
+    """Raises ValueError unless every buffer has the type and size that the kernels read."""
+    padded = _padded(buffers.outputs)
+    num_scales = padded if buffers.kind is WeightKind.INT8 else 0
+    packed_bytes = library.staffetta_packed_bytes(buffers.kind, buffers.outputs, buffers.inputs)
+    expected = (
+        ("panels", buffers.panels, torch.uint8, (packed_bytes,)),
+        ("scales", buffers.scales, torch.float32, (num_scales,)),
+        ("sums", buffers.sums, torch.int32, (num_scales,)),
+        ("bias", buffers.bias, torch.float32, (0, padded)),
+    )
+    for name, tensor, dtype, sizes in expected:
+        is_plain = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype is dtype
+        if not is_plain or len(tensor) not in sizes:
+            raise ValueError(f"a packed layer's {name} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {sizes}")
+
+
+def _padded(count: int, unit: int = PANEL) -> int:
+    return -(-count // unit) * unit

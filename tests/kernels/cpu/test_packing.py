@@ -1,0 +1,108 @@
+"""Packed layers as named tensors and back: the same bits, and nothing else is taken for a layer."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.backend import Linear, WeightFormat, select
+from kernels.cpu.backend import CpuBackend
+from kernels.cpu.linear import CpuPacking
+from kernels.reference import ReferenceBackend
+
+KINDS = {
+    "float32": (torch.float32, WeightFormat.AS_GIVEN),
+    "bfloat16": (torch.bfloat16, WeightFormat.AS_GIVEN),
+    "int8": (torch.float32, WeightFormat.INT8),
+}
+
+
+def make_layers(backend: CpuBackend, kind: str) -> list[Linear]:
+    """Plain, biased and gated, of sizes that fill no panel."""
+    dtype, stored = KINDS[kind]
+    generator = torch.Generator().manual_seed(5)
+    weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in ((37, 19), (37,)))
+    return [
+        backend.prepare_linear(weight, stored=stored),
+        backend.prepare_linear(weight, bias, stored=stored),
+        backend.prepare_gated_linear((weight, None), (weight.flip(0), None), stored=stored),
+        backend.prepare_gated_linear((weight, bias), (weight.flip(0), bias), stored=stored),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_restored_layer_computes_the_same_bits(kind: str) -> None:
+    backend, other = CpuBackend(threads=1), CpuBackend(threads=2)
+    x = torch.randn(3, 19, generator=torch.Generator().manual_seed(6))
+    for layer in make_layers(backend, kind):
+        kept = {name: tensor.clone() for name, tensor in backend.packing.tensors(layer).items()}
+        assert torch.equal(other.packing.restore(kept)(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_packed_does_not_depend_on_threads(kind: str) -> None:
+    kept = []
+    for threads in (1, 3):
+        backend = CpuBackend(threads=threads)
+        kept.append([backend.packing.tensors(layer) for layer in make_layers(backend, kind)])
+    for one, three in zip(*kept, strict=True):
+        assert one.keys() == three.keys()
+        assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+def test_only_what_a_layer_has_is_kept_and_it_is_not_copied() -> None:
+    backend = CpuBackend(threads=1)
+    names = [list(backend.packing.tensors(layer)) for layer in make_layers(backend, "bfloat16")]
+    assert names == [["shape", "panels"], ["shape", "panels", "bias"]] * 2
+    layer = make_layers(backend, "int8")[0]
+    kept = backend.packing.tensors(layer)
+    assert list(kept) == ["shape", "panels", "scales", "sums"]
+    assert backend.packing.restore(kept).buffers.panels is kept["panels"]
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "no-shape": (lambda kept: kept.pop("shape"), "has a shape of"),
+    "short-shape": (lambda kept: kept.update(shape=torch.tensor([2, 19])), "has a shape of"),
+    "float-shape": (lambda kept: kept.update(shape=torch.ones(4)), "has a shape of"),
+    "no-such-kind": (lambda kept: kept["shape"].__setitem__(0, 9), "9 is not a valid WeightKind"),
+    "no-inputs": (lambda kept: kept["shape"].__setitem__(1, 0), "at least one input"),
+    "too-many-inputs": (lambda kept: kept["shape"].__setitem__(1, 2**40), "overflow the sums"),
+    "more-inputs": (lambda kept: kept["shape"].__setitem__(1, 25), "panels are"),
+    "more-outputs": (lambda kept: kept["shape"].__setitem__(2, 2**40), "rows for 37 outputs"),
+    "both-more": (lambda kept: kept["shape"][2:].fill_(65), "panels are"),
+    "negative": (lambda kept: kept["shape"][2:].fill_(-1), "-1 rows"),
+    "no-panels": (lambda kept: kept.pop("panels"), "panels are"),
+    "long-panels": (lambda kept: kept.update(panels=torch.cat([kept["panels"]] * 2)), "panels are"),
+    "other-panels": (lambda kept: kept.update(panels=kept["panels"].view(torch.int8)), "panels are"),
+    "no-scales": (lambda kept: kept.pop("scales"), "scales are"),
+    "strided-scales": (lambda kept: kept.update(scales=kept["scales"].repeat(2)[::2]), "scales are"),
+    "no-sums": (lambda kept: kept.pop("sums"), "sums are"),
+    "short-bias": (lambda kept: kept.update(bias=torch.zeros(37)), "bias are"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_tensors_that_are_not_a_layers_are_refused(change: str) -> None:
+    backend = CpuBackend(threads=1)
+    kept = dict(backend.packing.tensors(make_layers(backend, "int8")[0]))
+    alter, message = CHANGES[change]
+    alter(kept)
+    with pytest.raises(ValueError, match=message):
+        backend.packing.restore(kept)
+
+
+def test_a_layer_of_another_backend_is_not_packed() -> None:
+    layer = ReferenceBackend().prepare_linear(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="no linear layer of the compiled kernels"):
+        CpuBackend(threads=1).packing.tensors(layer)
+
+
+def test_the_reference_keeps_nothing() -> None:
+    assert select("cpu-reference").packing is None
+
+
+def test_another_build_of_the_library_is_another_version() -> None:
+    backend = CpuBackend(threads=1)
+    assert backend.packing.version == CpuBackend(threads=2).packing.version
+    assert backend.packing.version != CpuPacking(backend, b"another build").version
