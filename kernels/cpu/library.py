@@ -233,7 +233,10 @@ def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
     if (version := library.staffetta_abi_version()) != ABI_VERSION:
         raise BackendUnavailableError(f"the CPU kernels have version {version}, not {ABI_VERSION}: run `make setup`")
     for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, f"staffetta_{name}")
+        try:
+            function = getattr(library, f"staffetta_{name}")
+        except AttributeError as error:
+            raise BackendUnavailableError(f"the CPU kernels have no {name}, they are old: run `make setup`") from error
         function.restype, function.argtypes = result, arguments
     return library
 

@@ -263,7 +263,7 @@ class _Recorder:
             raise ValueError("a step cannot be recorded: a tensor was not made by one of its operations")
         value = made[0]
         row_strides = {2: (value.columns, 1), 3: (value.columns, tensor.shape[-1], 1)}.get(tensor.dim())
-        is_all_rows = len(tensor) == _NUM_ROWS[value.rows_of] and tensor.storage_offset() < value.columns
+        is_all_rows = len(tensor) == _NUM_ROWS[value.rows_of]
         _require(is_all_rows and tensor.stride() == row_strides, "an operation reads columns, of all rows of a value")
         columns, offset = prod(tensor.shape[1:]), tensor.storage_offset() * value.dtype.itemsize
         return Part(value, Matrix(offset, 0, columns, value.columns, DTYPES[value.dtype]))

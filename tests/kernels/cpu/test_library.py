@@ -20,6 +20,12 @@ def test_a_library_that_is_not_built_is_an_error_that_says_what_to_do(tmp_path: 
         load(tmp_path / "libgone.so")
 
 
+def test_a_library_from_before_a_function_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(library._FUNCTIONS, "new", (None, ()))
+    with pytest.raises(BackendUnavailableError, match="have no new, they are old: run `make setup`"):
+        load()
+
+
 def test_an_instruction_set_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda path: SimpleNamespace(staffetta_instruction_set=lambda: 1))
     with pytest.raises(ValueError, match="has avx2 at best, not avx512"):

@@ -1,6 +1,7 @@
 """Recording definitions: every operation repeats its bits, and what could not be repeated is refused."""
 
 import re
+import weakref
 from array import array
 from collections.abc import Callable
 from typing import Any
@@ -125,18 +126,22 @@ def test_pages_of_another_shape_are_refused(pages: Tensor, message: str) -> None
 
 def test_weights_live_as_long_as_the_step() -> None:
     backend = CpuBackend(threads=1)
+    owners: list[weakref.ref[object]] = []
 
     def define(ops: Operations, batch: Batch, pages: Tensor) -> tuple[Tensor, ...]:
         del pages
         # Made anew each time: but for the recording, nothing would keep them.
-        layer = backend.prepare_linear(numbers(HIDDEN, HIDDEN, seed=9))
-        return (ops.linear(layer, ops.embedding(batch.token_ids, numbers(VOCABULARY, HIDDEN, seed=2))),)
+        layer, table = backend.prepare_linear(numbers(HIDDEN, HIDDEN, seed=9)), numbers(VOCABULARY, HIDDEN, seed=2)
+        owners.extend((weakref.ref(layer), weakref.ref(table)))
+        return (ops.linear(layer, ops.embedding(batch.token_ids, table)),)
 
-    compute, pages = backend.compile_step(define), torch.zeros(0)
-    litter = [torch.full((HIDDEN, HIDDEN), float("nan")) for _ in range(50)]
-    (result,) = compute(make_batch(), pages)
-    assert torch.equal(result, define(backend, make_batch(), pages)[0])
-    assert len(litter) == 50
+    compute = backend.compile_step(define)
+    assert len(owners) == 2
+    assert all(owner() is not None for owner in owners)
+    (result,) = compute(make_batch(), torch.zeros(0))
+    assert torch.equal(result, define(backend, make_batch(), torch.zeros(0))[0])
+    del compute
+    assert all(owner() is None for owner in owners)
 
 
 def test_values_share_scratch_memory_when_nothing_reads_them_any_more() -> None:
@@ -178,8 +183,16 @@ def heads_of(hidden: Tensor) -> Tensor:
     return hidden.view(len(hidden), HEADS, HEAD_DIM)
 
 
-def rotate(ops: Operations, batch: Batch, pages: Tensor, hidden: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    keys = heads_of(hidden)[:, :2] if dtype is None else torch.zeros(4, 2, 8, dtype=dtype)
+def rotate(
+    ops: Operations,
+    batch: Batch,
+    pages: Tensor,
+    hidden: Tensor,
+    *,
+    kv_heads: int = KV_HEADS,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    keys = heads_of(hidden)[:, :kv_heads] if dtype is hidden.dtype else torch.zeros(4, kv_heads, 8, dtype=dtype)
     rotation = Rotation(COSINES, SINES, batch.positions)
     return ops.rotate_and_write(heads_of(hidden), (keys, keys), rotation, pages=pages, layer=0, slots=batch.slots)
 
@@ -218,6 +231,10 @@ UNREPEATABLE: dict[str, tuple[Callable[[Operations, Batch, Tensor, Tensor], Any]
     ),
     "other pages": (lambda ops, b, p, x: rotate(ops, b, torch.zeros(0), x), "into the step's pages"),
     "keys of another dtype": (lambda ops, b, p, x: rotate(ops, b, p, x, dtype=torch.bfloat16), "have one dtype"),
+    "layers of other pages": (
+        lambda ops, b, p, x: rotate(ops, b, p, rotate(ops, b, p, x).flatten(1), kv_heads=3),
+        "all layers the same pages",
+    ),
     "other spans": (
         lambda ops, b, p, x: ops.paged_attention(heads_of(x), p, EMPTY_SPANS, layer=0, scale=1.0),
         "attention is over the batch's spans",
