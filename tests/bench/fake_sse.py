@@ -72,4 +72,5 @@ async def running(fake: FakeServer) -> AsyncIterator[FakeServer]:
         yield fake
     finally:
         server.close()
-        await asyncio.gather(*fake.handlers)
+        async with asyncio.timeout(5):  # every connection is closed by now, or the client leaks one
+            await asyncio.gather(*fake.handlers)
