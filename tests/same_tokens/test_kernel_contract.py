@@ -141,6 +141,19 @@ def test_windows_and_soft_caps_attend_alike(
         assert_rows_equal(context.attend(backend, 0, 203), expected, "a window over everything is none")
 
 
+@pytest.mark.parametrize("dim", [16, 32, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_block_size_attends_alike(backend: CpuBackend, alone: CpuBackend, dtype: torch.dtype, dim: int) -> None:
+    # Blocks of 16 k positions are read where they lie, others are widened first.
+    expected = Context(150, dim=dim, block_size=5, dtype=dtype).attend(alone, 0, 150)
+    for block_size in (1, 5, 16, 48, 64, 256):
+        context = Context(150, dim=dim, block_size=block_size, dtype=dtype)
+        assert_rows_equal(context.attend(backend, 0, 150), expected, f"prefill over blocks of {block_size}")
+        for position in (0, 15, 63, 64, 149):
+            decoded = context.attend(backend, position, position + 1)
+            assert_rows_equal(decoded, expected[position : position + 1], f"{position} over blocks of {block_size}")
+
+
 @pytest.mark.parametrize("window", [None, 1500], ids=str)
 def test_contexts_of_several_splits_attend_alike(backend: CpuBackend, alone: CpuBackend, window: int | None) -> None:
     context = Context(3100, dim=16, heads=3, kv_heads=1, dtype=torch.float32)

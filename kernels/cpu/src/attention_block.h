@@ -97,7 +97,7 @@ inline void load_queries(const RowBlock& block, Tiles& tiles) {
 // Widens the rows `offset` bytes after a tile's keys into scratch [64][padded head_dim], padded with zeros, and has
 // `stripes`, row_bytes apart, point there. Scratch beyond the context is left as it was.
 template <class Type>
-void widen_rows(const RowBlock& block, int64_t tile, int64_t offset, float* scratch, const char* (&stripes)[kStripes],
+void widen_stripes(const RowBlock& block, int64_t tile, int64_t offset, float* scratch, const char* (&stripes)[kStripes],
                 int64_t& row_bytes) {
   const int64_t begin = tile * kTile, count = least(kTile, block.context - begin), dim = block.pages.head_dim;
   row_bytes = block.padded_dim * sizeof(float);
@@ -166,11 +166,11 @@ void compute_split(const RowBlock& block, int64_t split, const TileRows& after, 
     TileRows rows = block.find_tile(tile);
     const TileRows next = tile + 1 < end ? block.find_tile(tile + 1) : after;
     if (!fits || std::is_same_v<Type, F16>)  // float16 has no pairs to turn
-      widen_rows<Type>(block, tile, 0, tiles.raw_keys, rows.keys, rows.key_bytes);
+      widen_stripes<Type>(block, tile, 0, tiles.raw_keys, rows.keys, rows.key_bytes);
     if (fits) {
       attend_tile<Type>(block, tile, rows, next, tiles);
     } else {
-      widen_rows<Type>(block, tile, value_bytes, tiles.raw_values, rows.values, rows.value_bytes);
+      widen_stripes<Type>(block, tile, value_bytes, tiles.raw_values, rows.values, rows.value_bytes);
       attend_tile<F32>(block, tile, rows, next, tiles);
     }
   }
