@@ -16,9 +16,10 @@ from torch import Tensor
 from kernels.backend import Batch, Definition, Linear, Rotation, Spans, WeightFormat, check_scales
 from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
-from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, rows
+from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, pages_of_layer, rows
 from kernels.cpu.linear import CpuLinear, CpuPacking, interleave, pack
 from kernels.cpu.memory import WeightMemory
+from kernels.cpu.step import CompiledStep
 from kernels.reference import rope_tables
 from kernels.rope import Rope
 from kernels.sampling import TokenDraw, TokenScores
@@ -86,8 +87,6 @@ class CpuBackend:
 
     def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
         """Records `definition` and returns it as one call. Raises ValueError or TypeError where it cannot be."""
-        from kernels.cpu.step import CompiledStep  # it is made of this module
-
         return CompiledStep(self, definition)
 
     @property
@@ -266,21 +265,3 @@ def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:
 def _heads_as_rows(x: Tensor) -> Tensor:
     """[T, heads, D] as [T, heads x D], without a copy where heads lie side by side."""
     return rows(x.flatten(1))
-
-
-def pages_of_layer(pages: Tensor, layer: int) -> abi.Pages:
-    """Where one layer's keys and values are. pages: [num_blocks, KVH, L, 2, BS, D]; each last dimension contiguous."""
-    num_blocks, num_kv_heads, _, _, block_size, head_dim = pages.shape
-    by_block, by_head, _, by_value, by_token, _ = pages.stride()
-    return abi.Pages(
-        pages[:, :, layer].data_ptr(),
-        num_blocks,
-        num_kv_heads,
-        block_size,
-        head_dim,
-        by_block,
-        by_head,
-        by_value,
-        by_token,
-        abi.DTYPES[pages.dtype],
-    )

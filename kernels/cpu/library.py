@@ -248,6 +248,24 @@ def matrix(tensor: Tensor) -> Matrix:
     return Matrix(tensor.data_ptr(), tensor.shape[0], tensor.shape[1], tensor.stride(0), DTYPES[tensor.dtype])
 
 
+def pages_of_layer(pages: Tensor, layer: int) -> Pages:
+    """Where one layer's keys and values are. pages: [num_blocks, KVH, L, 2, BS, D]; each last dimension contiguous."""
+    num_blocks, num_kv_heads, _, _, block_size, head_dim = pages.shape
+    by_block, by_head, _, by_value, by_token, _ = pages.stride()
+    return Pages(
+        pages[:, :, layer].data_ptr(),
+        num_blocks,
+        num_kv_heads,
+        block_size,
+        head_dim,
+        by_block,
+        by_head,
+        by_value,
+        by_token,
+        DTYPES[pages.dtype],
+    )
+
+
 def rows(tensor: Tensor) -> Tensor:
     """The tensor itself when its last dimension is contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -7,15 +7,18 @@ from collections import defaultdict
 from collections.abc import Mapping
 from ctypes import byref
 from operator import mul
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.backend import Batch, Definition
 from kernels.cpu import library as abi
-from kernels.cpu.backend import CpuBackend, pages_of_layer
-from kernels.cpu.library import Home, Matrix, RowsOf, Status
+from kernels.cpu.library import Home, Matrix, RowsOf, Status, pages_of_layer
 from kernels.cpu.record import Operation, Part, Recording, Value, record
+
+if TYPE_CHECKING:
+    from kernels.cpu.backend import CpuBackend
 
 _ALIGNMENT = 64
 """Bytes of a cache line: every value in scratch memory begins with one."""
@@ -30,7 +33,7 @@ class CompiledStep:
     `scratch_row_bytes` is how much of it a row of each kind takes, in the order of `RowsOf`.
     """
 
-    def __init__(self, backend: CpuBackend, definition: Definition) -> None:
+    def __init__(self, backend: "CpuBackend", definition: Definition) -> None:
         """Records `definition`. Raises ValueError or TypeError for one that cannot be recorded."""
         self._backend = backend
         self._definition = definition
