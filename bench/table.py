@@ -24,7 +24,7 @@ def format_cell(value: object) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    size = abs(value)
+    size = abs(float(f"{value:.3g}"))  # 9.999 is shown as 10.0, so it has the digits of 10
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:,.{digits}f}"
 

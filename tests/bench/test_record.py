@@ -63,7 +63,17 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123"), (12345.6, "12,346"), (None, "–"), ("a", "a")],
+    [
+        (0.1234, "0.123"),
+        (0.99999, "1.00"),
+        (9.99999, "10.0"),
+        (1.234, "1.23"),
+        (12.34, "12.3"),
+        (123.4, "123"),
+        (12345.6, "12,346"),
+        (None, "–"),
+        ("a", "a"),
+    ],
 )
 def test_cells_have_three_digits_that_matter(value: object, text: str) -> None:
     assert format_cell(value) == text
