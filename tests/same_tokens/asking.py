@@ -1,15 +1,19 @@
-"""Requests of every kind, and the bits of their answers: what a system-level proof sends and compares."""
+"""Requests of every kind, and the ways of putting them to a gateway: what the system-level proof sends."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
-from tests.e2e.answers import Answer
-from tests.e2e.prompts import token_prompts
-from tests.e2e.reflected import ReflectedClient
+from tests.e2e.reflected import Choices, ReflectedClient
 
 SHORT_PROMPT_TOKENS: Final = 150
+MAX_PROMPT_TOKENS: Final = 1500
+
+_FIRST_ORDINARY_ID: Final = 8
+_NUM_STOPS: Final = 40
+"""Stop ids of a request that has some: enough for most answers of a small vocabulary to meet one."""
+_TIMEOUT_S: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,67 +24,89 @@ class Asked:
     sampling: Mapping[str, Any]
     cut: int
     """A place inside the prompt, from 1 to its length."""
-    num_before_restart: int
-    """Generated tokens after which a restarted request goes on, at least one, and at least one is left."""
+    restart_at: tuple[float, ...]
+    """For each choice the share of its tokens after which a restart goes on, from 0 to 1."""
 
     @property
-    def max_tokens(self) -> int:
-        """How many tokens the answer has."""
-        return cast(int, self.sampling["max_tokens"])
+    def num_choices(self) -> int:
+        """How many continuations are wanted."""
+        return cast(int, self.sampling["n"])
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted: then no prefix hit may be taken."""
+        return "prompt_logprobs" in self.sampling
 
     def __str__(self) -> str:
-        kind = f"seeded {self.sampling['seed']}" if self.sampling["temperature"] else "greedy"
-        return f"{len(self.token_ids)} prompt tokens, {kind}"
+        kinds = [f"{len(self.token_ids)} prompt tokens", f"{self.num_choices} choices"]
+        kinds.append(f"seed {self.sampling['seed']}" if self.sampling["temperature"] else "greedy")
+        kinds += [name for name in _PENALTIES if name in self.sampling]
+        return ", ".join([*kinds, "stop ids"] if self.sampling["stop_token_ids"] else kinds)
 
 
-class TokenBits(NamedTuple):
-    """One token. Log-probabilities as `float.hex` writes them: equal text is equal bits, the sign of 0 included."""
+def draw_requests(count: int, *, seed: int, vocab_size: int, max_prompt_tokens: int = MAX_PROMPT_TOKENS) -> list[Asked]:
+    """`count` requests over prompts of 1 to `max_prompt_tokens` tokens, every second one short.
 
-    token_id: int
-    logprob: str
-    top_logprobs: tuple[tuple[int, str], ...]
-
-
-def draw_requests(count: int, *, seed: int, max_prompt_tokens: int) -> list[Asked]:
-    """`count` requests over prompts of 1 to `max_prompt_tokens` tokens, every second one short, about half seeded."""
+    Every kind is drawn on its own, so that all combinations occur: seeded with filters or greedy, one to four choices,
+    each of the penalties, stop ids with a least length, the prompt's log-probabilities.
+    """
     rng = random.Random(f"requests:{seed}")
-    prompts = token_prompts(count // 2, seed=2 * seed, min_tokens=1, max_tokens=SHORT_PROMPT_TOKENS)
-    prompts += token_prompts(count - count // 2, seed=2 * seed + 1, min_tokens=1, max_tokens=max_prompt_tokens)
-    rng.shuffle(prompts)
-    drawn = []
-    for prompt in prompts:
-        is_seeded = rng.random() < 0.5
-        max_tokens = rng.randint(16, 24)
-        sampling = {
-            "temperature": rng.uniform(0.7, 1.2) if is_seeded else 0.0,
-            "top_k": rng.choice((0, 5, 50)) if is_seeded else 0,
-            "top_p": rng.choice((1.0, 0.95, 0.7)) if is_seeded else 1.0,
-            "seed": prompt.seed,
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "logprobs": rng.randint(0, 5),
-        }
-        drawn.append(
-            Asked(prompt.token_ids, sampling, rng.randint(1, len(prompt.token_ids)), rng.randint(1, max_tokens - 1))
-        )
-    return drawn
+    lengths = [*_spread(count // 2, SHORT_PROMPT_TOKENS), *_spread(count - count // 2, max_prompt_tokens)]
+    rng.shuffle(lengths)
+    return [_draw(rng, length, vocab_size) for length in lengths]
 
 
-async def ask(client: ReflectedClient, asked: Asked) -> Answer:
-    """The request as it is. Raises AssertionError when its answer is not as long as it has to be."""
+def _spread(count: int, longest: int) -> list[int]:
+    return [1 + (longest - 1) * index // max(1, count - 1) for index in range(count)]
+
+
+def _draw(rng: random.Random, length: int, vocab_size: int) -> Asked:
+    ordinary = range(_FIRST_ORDINARY_ID, vocab_size)
+    # A prompt of few distinct tokens, as every second one is, gives the penalty for repetition something to count.
+    words: Sequence[int] = ordinary if rng.random() < 0.5 else rng.sample(ordinary, 20)
+    is_seeded = rng.random() < 0.6
+    num_logprobs = rng.randint(0, 4)
+    max_tokens = rng.randint(3, 16)
+    sampling = {
+        "temperature": rng.uniform(0.7, 1.3) if is_seeded else 0.0,
+        "top_k": rng.choice((0, 5, 50)) if is_seeded else 0,
+        "top_p": rng.choice((1.0, 0.95, 0.7)) if is_seeded else 1.0,
+        "seed": rng.getrandbits(64),
+        "n": rng.choice((1, 1, 2, 3, 4)),
+        "max_tokens": max_tokens,
+        "min_tokens": rng.randint(0, 3),
+        "stop_token_ids": rng.sample(ordinary, _NUM_STOPS) if rng.random() < 0.4 else [],
+        "ignore_eos": rng.random() < 0.5,
+        "logprobs": num_logprobs,
+    }
+    sampling |= {name: rng.uniform(*bounds) for name, bounds in _PENALTIES.items() if rng.random() < 0.3}
+    if rng.random() < 0.2:
+        sampling["prompt_logprobs"] = num_logprobs
+    shares = tuple(rng.random() for _ in range(cast(int, sampling["n"])))
+    return Asked(tuple(rng.choices(words, k=length)), sampling, rng.randint(1, length), shares)
+
+
+_PENALTIES: Final = {
+    "repetition_penalty": (0.7, 1.8),
+    "presence_penalty": (-1.5, 1.5),
+    "frequency_penalty": (-1.0, 1.0),
+}
+"""Each with the bounds between which it is drawn."""
+
+
+async def ask(client: ReflectedClient, asked: Asked) -> Choices:
+    """The request as it is."""
     prompt = {"token_ids": asked.token_ids}
-    answer = await client.generate(timeout_s=300.0, tokens=prompt, sampling=asked.sampling)
-    assert len(answer.token_ids) == asked.max_tokens, f"{asked}: the answer ended early: {answer}"
-    return answer
+    return await client.generate_choices(timeout_s=_TIMEOUT_S, tokens=prompt, sampling=asked.sampling)
 
 
-async def ask_after_its_beginning(client: ReflectedClient, asked: Asked) -> Answer:
+async def ask_after_its_beginning(client: ReflectedClient, asked: Asked) -> Choices:
     """The request after another one for the beginning of its prompt: a partial prefix hit where a block is full."""
     await client.generate(tokens={"token_ids": asked.token_ids[: asked.cut]}, sampling=_TWO_TOKENS)
     return await ask(client, asked)
 
 
-async def ask_again(client: ReflectedClient, asked: Asked) -> Answer:
+async def ask_again(client: ReflectedClient, asked: Asked) -> Choices:
     """The request after another one for its whole prompt: a prefix hit over every block that can be one."""
     await client.generate(tokens={"token_ids": asked.token_ids}, sampling=_TWO_TOKENS)
     return await ask(client, asked)
@@ -88,33 +114,3 @@ async def ask_again(client: ReflectedClient, asked: Asked) -> Answer:
 
 _TWO_TOKENS: Mapping[str, Any] = {"temperature": 0.0, "max_tokens": 2, "ignore_eos": True}
 """The first token comes from where the prompt was computed; KV is handed over for the second."""
-
-
-def bits_of(answer: Answer) -> tuple[TokenBits, ...]:
-    """Every token of an answer that has a log-probability for each."""
-    rows = zip(answer.token_ids, answer.logprobs, answer.top_logprobs, strict=True)
-    return tuple(make_bits(token_id, logprob, top) for token_id, logprob, top in rows)
-
-
-def make_bits(token_id: int, logprob: float, top: Iterable[tuple[int, float]]) -> TokenBits:
-    """One token."""
-    return TokenBits(token_id, logprob.hex(), tuple((other, value.hex()) for other, value in top))
-
-
-def first_difference(
-    requests: Sequence[Asked],
-    actual: Sequence[Sequence[TokenBits]],
-    expected: Sequence[Sequence[TokenBits]],
-) -> str | None:
-    """The first place where two runs of the same requests differ, in words; None where there is none.
-
-    An output that is shorter than the expected one is the end of it: what a restarted request brought.
-    """
-    for number, (asked, got, whole) in enumerate(zip(requests, actual, expected, strict=True)):
-        first = len(whole) - len(got)
-        if not got or first < 0:
-            return f"request {number} ({asked}): {len(got)} tokens instead of {len(whole)}"
-        for index, (token, other) in enumerate(zip(got, whole[first:], strict=True), start=first):
-            if token != other:
-                return f"request {number} ({asked}), token {index}: {tuple(token)} instead of {tuple(other)}"
-    return None

@@ -1,7 +1,8 @@
 """Breaks each rule of the numerics contract and shows that the tests notice: `python -m tests.same_tokens.break_rules`.
 
 The kernels are built once as they are and once per broken rule, into a temporary directory; the tests of the contract
-must pass on the first build and fail on every other. The rule on random numbers is Python's and is broken by a plugin.
+must pass on the first build and fail on every other. What is Python's is broken by a plugin:
+where random numbers come from, and that a choice copies a block before it writes where others read.
 """
 
 import subprocess
@@ -31,6 +32,7 @@ RULES = (
     Rule("int8: one activation scale for the batch", "SCALES", (KERNELS, "-k", "linear and int8")),
     Rule("reductions: a tree per number of threads", "TREES", (KERNELS, "-k", "tree")),
     Rule("sampling: random numbers from a stream", None, ("-p", "tests.same_tokens.random_stream", ENGINE)),
+    Rule("choices: written in place, not copied", None, ("-p", "tests.same_tokens.fork_in_place", ENGINE)),
 )
 
 

@@ -1,29 +1,36 @@
 """Bar: tokens and log-probabilities have the same bits in every way in which the system can run a request.
 
-Greedy and seeded requests over prompts of 1 to 1,500 tokens. The reference is each request alone, in one process on one
-thread, its prompt in one step. Every way proves by the system's own counts that its condition occurred.
+Greedy and seeded requests for one to four choices over prompts of 1 to 1,500 tokens, with penalties, stop ids and
+scored prompts, to models whose sizes are round nowhere and to the embedded one. The reference is each request alone, in
+one process on one thread, its prompt in one step. Every way proves by the system's own counts that it was taken.
 """
 
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from tests.bars.equal_tokens import NO_CACHE, RELAY, SINGLE
 from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.cluster import Cluster
-from tests.e2e.prompts import MAX_PROMPT_TOKENS
+from tests.e2e.prompts import open_tokenizer
 from tests.loop import run
-from tests.same_tokens import ways
-from tests.same_tokens.asking import Asked, TokenBits, draw_requests, first_difference
-from tests.same_tokens.observed import MANY
+from tests.same_tokens import observed, ways
+from tests.same_tokens.asking import Asked, draw_requests
+from tests.same_tokens.bits import AnswerBits, first_difference
+from tests.same_tokens.models import ODD, make_biased_model, make_odd_model
+from tests.same_tokens.observed import DECODE, PREFILL
 from tests.same_tokens.ways import Site, Taken, Way
 
-WHOLE_PROMPTS: Final = ("--max-batch-tokens", "2048")
-BFLOAT16: Final = ("--dtype", "bfloat16")
-FEW_BLOCKS: Final = ("--block-size", "4", "--num-blocks", "44")
+WHOLE_PROMPTS: Final = 2048
+FEW_BLOCKS: Final = ("--block-size", "4", "--num-blocks", "384")
+"""Hardly more than the longest request needs alone."""
 UNCACHED_DECODE: Final = {"STAFFETTA_DECODE_PREFIX_CACHING": "false"}
-OWN_THREADS: Final = ("--prefill", "1", "--decode", "1", "--no-local-prefill", NO_CACHE)
+OWN_THREADS: Final = ("--prefill", "1", "--decode", "1", "--no-local-prefill")
+"""Each role as the environment says; flags are for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,114 +43,142 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
+class Family:
+    """Requests to one model under one arithmetic, and the systems that have to agree; the first is the reference."""
+
+    name: str
+    model: str
+    flags: Sequence[str]
+    setups: Sequence[Setup]
+    requests: Sequence[Asked]
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """What one way brought, beside the reference."""
 
+    family: str
     way: Way
     system: str
-    num_tokens: int
     taken: Taken
     difference: str | None
 
     @property
     def failures(self) -> list[str]:
         """What is wrong: another bit, or a condition that did not occur."""
-        found = [f"{self.way.name} ({self.system}): {self.difference}"] if self.difference else []
-        if self.taken.num_occurred < max(1, self.taken.num_demanded):
-            found.append(
-                f"{self.way.name} ({self.system}): {self.taken.num_occurred} {self.way.condition}, "
-                f"at least {max(1, self.taken.num_demanded)} were to be"
-            )
+        where = f"{self.family}, {self.way.name} ({self.system})"
+        found = [f"{where}: {self.difference}"] if self.difference else []
+        found += [
+            f"{where}: {condition}, at least {max(1, condition.num_demanded)} were to be"
+            for condition in self.taken.conditions
+            if not condition.is_met
+        ]
         return found
 
 
-REFERENCE: Final = (*SINGLE, NO_CACHE, *WHOLE_PROMPTS)
-SETUPS: Final = (
-    *(Setup((*SINGLE, NO_CACHE, "--max-batch-tokens", str(n)), (ways.cut_by(n), ways.MIXED)) for n in (16, 64, 512)),
-    Setup((*SINGLE[:-1], "2", NO_CACHE, *WHOLE_PROMPTS), (ways.THREADED,)),
-    Setup((*SINGLE[:-1], "2"), (ways.PARTIAL_HIT, ways.FULL_HIT)),
-    Setup((*SINGLE, NO_CACHE, *FEW_BLOCKS), (ways.PREEMPTED,)),
+def budget(num_tokens: int) -> tuple[str, str]:
+    """The flag for a step's token budget."""
+    return ("--max-batch-tokens", str(num_tokens))
+
+
+REFERENCE: Final = Setup(
+    (*SINGLE, NO_CACHE, *budget(WHOLE_PROMPTS)), (ways.REFERENCE, ways.batched(WHOLE_PROMPTS), ways.restarting())
+)
+TWO_THREADS: Final = Setup(
+    (*SINGLE[:-1], "2", NO_CACHE, *budget(64)), (ways.cut_by(64), ways.batched(64, observed.on_two_threads(DECODE)))
+)
+SHM: Final = Setup(
+    (*OWN_THREADS, NO_CACHE, "--transports", "shm"),
+    (
+        ways.handing_over("shm", observed.on_two_threads(PREFILL)),
+        ways.restarting(observed.handed_over("shm"), observed.handed_over_bytes),
+    ),
+    {"STAFFETTA_PREFILL_THREADS": "2", "STAFFETTA_DECODE_THREADS": "1"},
+)
+TCP: Final = Setup(
+    (*OWN_THREADS, "--transports", "tcp"),
+    (
+        ways.handing_over("tcp"),
+        ways.PREFILL_HIT,
+        ways.restarting(observed.handed_over("tcp"), observed.handed_over_bytes),
+    ),
+    {"STAFFETTA_PREFILL_THREADS": "1", "STAFFETTA_DECODE_THREADS": "2", **UNCACHED_DECODE},
+)
+SOME: Final = (REFERENCE, TWO_THREADS, SHM, TCP)
+ALL: Final = (
+    *SOME,
+    *(Setup((*SINGLE, NO_CACHE, *budget(size)), (ways.cut_by(size),)) for size in (16, 512)),
+    Setup(SINGLE, (ways.PARTIAL_HIT, ways.FULL_HIT)),
     Setup((*RELAY, NO_CACHE, *FEW_BLOCKS), (ways.PREEMPTED,)),
-    *(
-        Setup(
-            (*RELAY, NO_CACHE, "--transports", transport),
-            (
-                ways.handing_over(transport, num_at_once=1),
-                ways.handing_over(transport, num_at_once=MANY),
-                ways.restarting("restarted with a hand-off", num_at_once=4, transport=transport),
-            ),
-        )
-        for transport in ("shm", "tcp")
-    ),
-    *(
-        Setup(
-            OWN_THREADS,
-            (ways.handing_over_threaded(prefill=prefill, decode=decode),),
-            {"STAFFETTA_PREFILL_THREADS": str(prefill), "STAFFETTA_DECODE_THREADS": str(decode)},
-        )
-        for prefill, decode in ((1, 2), (2, 1))
-    ),
-    Setup(RELAY, (ways.PREFILL_HIT,), UNCACHED_DECODE),
     Setup(RELAY, (ways.HIT_AND_HANDOFF,)),
 )
-BFLOAT16_SETUPS: Final = (
-    Setup((*SINGLE, NO_CACHE, *BFLOAT16, "--max-batch-tokens", "64"), (ways.cut_by(64), ways.MIXED)),
-    Setup((*SINGLE, *BFLOAT16), (ways.PARTIAL_HIT,)),
-    Setup((*RELAY, NO_CACHE, *BFLOAT16), (ways.handing_over("shm", num_at_once=MANY),)),
-)
 
 
-def take_all(
-    reference: Sequence[str], setups: Sequence[Setup], requests: Sequence[Asked], *, own: Sequence[Way]
-) -> list[Finding]:
-    """Every way of `setups` beside a system with the flags `reference`, in which the ways `own` are taken as well."""
-    with Cluster(*reference) as cluster:
-        first = run(ways.REFERENCE.take(Site(cluster, requests, ())))
-        expected = first.outputs
-        findings = [_finding(ways.REFERENCE, cluster, first, None)]
-        findings += [_take(way, cluster, requests, expected) for way in own]
-    for setup in setups:
-        with Cluster(*setup.flags, environ=setup.environ) as cluster:
+def take_all(family: Family) -> list[Finding]:
+    """Every way of every setup. The first way of the first one is the reference."""
+    expected: Sequence[AnswerBits] = ()
+    findings: list[Finding] = []
+    for setup in family.setups:
+        started = time.monotonic()
+        with Cluster(*setup.flags, *family.flags, environ=setup.environ, model=family.model) as cluster:
             cluster.wait_until_linked()
-            findings += [_take(way, cluster, requests, expected) for way in setup.ways]
+            print(f"{family.name}: started in {time.monotonic() - started:.1f} s", file=sys.stderr)
+            for way in setup.ways:
+                finding = _take(way, family, cluster, expected)
+                expected = expected or finding.taken.outputs
+                findings.append(finding)
     return findings
 
 
-def _take(way: Way, cluster: Cluster, requests: Sequence[Asked], expected: Sequence[Sequence[TokenBits]]) -> Finding:
-    fitting = [n for n, asked in enumerate(requests) if len(asked.token_ids) <= way.max_prompt_tokens] * way.num_copies
-    asked, outputs = [requests[n] for n in fitting], [expected[n] for n in fitting]
-    taken = run(way.take(Site(cluster, asked, outputs)))
-    return _finding(way, cluster, taken, first_difference(asked, taken.outputs, outputs))
-
-
-def _finding(way: Way, cluster: Cluster, taken: Taken, difference: str | None) -> Finding:
+def _take(way: Way, family: Family, cluster: Cluster, expected: Sequence[AnswerBits]) -> Finding:
+    started = time.monotonic()
+    taken = run(way.take(Site(cluster, family.requests, expected)))
     settings = [f"{name}={value}" for name, value in cluster.environ.items()]
     system = " ".join([*settings, *cluster.flags])
-    finding = Finding(way, system, sum(map(len, taken.outputs)), taken, difference)
-    print(f"{way.name}: {'; '.join(finding.failures) or 'same'}", file=sys.stderr, flush=True)
+    finding = Finding(family.name, way, system, taken, first_difference(taken.sent, taken.outputs, taken.expected))
+    spent_s = time.monotonic() - started
+    print(f"{family.name}, {way.name}, {spent_s:.1f} s: {finding.failures or 'same'}", file=sys.stderr, flush=True)
     return finding
+
+
+def make_families(directory: Path, *, count: int, seed: int) -> list[Family]:
+    """The models, written below `directory`, with their requests.
+
+    `count` requests are shared out between float32 and bfloat16, and all go to INT8 as well; the embedded model's steps
+    are larger, and it gets fewer.
+    """
+    odd = str(make_odd_model(directory / "odd", seed=seed))
+    biased = str(make_biased_model(directory / "biased", seed=seed))
+    requests = draw_requests(count, seed=seed, vocab_size=ODD.vocab_size)
+    few = draw_requests(max(1, count // 10), seed=seed, vocab_size=open_tokenizer().get_vocab_size())
+    float32, bfloat16, int8 = ("--dtype", "float32"), ("--dtype", "bfloat16"), ("--quantization", "int8")
+    return [
+        Family("odd, float32", odd, float32, ALL, requests[::2]),
+        Family("odd with biases, bfloat16", biased, bfloat16, ALL, requests[1::2]),
+        Family("odd, int8", odd, int8, ALL, requests),
+        Family("embedded, float32", "demo", float32, SOME, few),
+    ]
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the bar."""
-    size = parse_size(__doc__, argv, short=24, full=100)
-    requests = draw_requests(size.count, seed=size.seed, max_prompt_tokens=MAX_PROMPT_TOKENS)
-    own = (ways.BATCHED, ways.restarting("restarted in one process", num_at_once=4))
-    findings = take_all(REFERENCE, SETUPS, requests, own=own)
-    findings += take_all((*REFERENCE, *BFLOAT16), BFLOAT16_SETUPS, requests, own=own)
+    size = parse_size(__doc__, argv, short=24, full=300)
+    with tempfile.TemporaryDirectory() as directory:
+        families = make_families(Path(directory), count=size.count, seed=size.seed)
+        findings = [finding for family in families for finding in take_all(family)]
     rows = [
         [
+            found.family,
             found.way.name,
             found.system,
             len(found.taken.outputs),
-            found.num_tokens,
-            found.taken.num_occurred,
-            found.way.condition,
+            sum(output.num_tokens for output in found.taken.outputs),
+            ", ".join(map(str, found.taken.conditions)),
             found.difference or "none",
         ]
         for found in findings
     ]
-    headers = ("way", "system", "requests", "tokens", "times", "condition", "first difference")
+    headers = ("model", "way", "system", "requests", "tokens", "counted", "first difference")
     print_table(f"bits of tokens and log-probabilities beside the reference, seed {size.seed}", headers, rows)
     return verdict([failure for found in findings for failure in found.failures])
 

@@ -1,6 +1,6 @@
-"""The ways in which a system can run the same requests, and for each the count that proves it was really taken.
+"""The ways in which a system can run the same requests, and for each the counts that prove it was really taken.
 
-A way never decides whether its tokens are right; it brings them, with how often its condition occurred.
+A way never decides whether its tokens are right; it brings them, with how often its conditions occurred.
 """
 
 import asyncio
@@ -9,24 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from tests.bars.concurrent import run_all
-from tests.e2e.answers import Answer
 from tests.e2e.cluster import Cluster
-from tests.e2e.prompts import MAX_PROMPT_TOKENS
-from tests.e2e.reflected import ReflectedClient
+from tests.e2e.reflected import Choices, ReflectedClient
 from tests.same_tokens import observed
-from tests.same_tokens.asking import (
-    SHORT_PROMPT_TOKENS,
-    Asked,
-    TokenBits,
-    ask,
-    ask_after_its_beginning,
-    ask_again,
-    bits_of,
-)
-from tests.same_tokens.observed import DECODE, MANY, PREFILL, Count, Observed
-from tests.same_tokens.restart import restart_all
+from tests.same_tokens.asking import Asked, ask, ask_after_its_beginning, ask_again
+from tests.same_tokens.bits import AnswerBits, bits_of
+from tests.same_tokens.observed import DECODE, Condition, Count
+from tests.same_tokens.sessions import Start, restarts, start_all
 
-Ask = Callable[[ReflectedClient, Asked], Awaitable[Answer]]
+MANY: Final = 16
+"""Requests at a time, where there are many."""
+
+Ask = Callable[[ReflectedClient, Asked], Awaitable[Choices]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,140 +29,151 @@ class Site:
 
     cluster: Cluster
     requests: Sequence[Asked]
-    expected: Sequence[Sequence[TokenBits]]
+    expected: Sequence[AnswerBits]
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The output of every request in order, and how often the condition occurred, of how often at least it had to."""
+    """What was sent, in order, what came back beside what was due, and the conditions.
 
-    outputs: Sequence[Sequence[TokenBits]]
-    num_occurred: int
-    num_demanded: int
+    Of a restarted request, what is due is the rest of one of its choices.
+    """
+
+    sent: Sequence[object]
+    outputs: Sequence[AnswerBits]
+    expected: Sequence[AnswerBits]
+    conditions: Sequence[Condition]
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way: its name, its condition in words, and what takes it."""
+    """One way: its name, and what takes it."""
 
     name: str
-    condition: str
     take: Callable[[Site], Coroutine[Any, Any, Taken]]
-    max_prompt_tokens: int = MAX_PROMPT_TOKENS
-    """Requests with longer prompts are left out: a small pool has no room for them."""
-    num_copies: int = 1
-    """How often every request is sent, for a condition that only several requests bring about."""
 
 
 # Ways
 
 
-def sending(
-    name: str,
-    condition: str,
-    count: Count,
-    *,
-    num_at_once: int = 1,
-    each: Ask = ask,
-    max_prompt_tokens: int = MAX_PROMPT_TOKENS,
-    num_copies: int = 1,
-) -> Way:
+def sending(name: str, *counts: Count, num_at_once: int = 1, each: Ask = ask) -> Way:
     """The way of clients: every request sent through the gateway, so many at once."""
 
     async def take(site: Site) -> Taken:
         before = await asyncio.to_thread(observed.settled, site.cluster)
-        async with ReflectedClient(site.cluster.grpc) as client, observed.Watch(site.cluster) as watch:
+        async with ReflectedClient(site.cluster.grpc) as client:
 
-            async def send(asked: Asked) -> Answer:
+            async def send(asked: Asked) -> Choices:
                 return await each(client, asked)
 
             answers = await run_all(site.requests, send, num_at_once=num_at_once)
         after = await asyncio.to_thread(observed.settled, site.cluster)
-        seen = Observed(
-            requests=site.requests,
-            answers=answers,
-            num_steps=after.num_steps - before.num_steps,
-            max_running=watch.max_running,
-            num_recomputed=after.num_recomputed - before.num_recomputed,
-            num_threads={
-                name: observed.num_computing(before.busy_s[name], busy_s) for name, busy_s in after.busy_s.items()
-            },
-        )
-        return Taken([bits_of(answer) for answer in answers], *count(seen))
+        requests = list(map(observed.seen_by_client, site.requests, answers))
+        seen = await asyncio.to_thread(observed.observe, site.cluster, requests, before=before, after=after)
+        outputs = [bits_of(answer) for answer in answers]
+        return Taken(site.requests, outputs, site.expected or outputs, [count(seen) for count in counts])
 
-    return Way(name, condition, take, max_prompt_tokens, num_copies)
+    return Way(name, take)
 
 
-def restarting(name: str, *, num_at_once: int, transport: str = "") -> Way:
-    """The way of a gateway that lost a worker: every request goes on after some of its tokens.
-
-    With a transport, the KV of prompt and tokens has to come over it; not where the first new token is the last one.
-    """
+def _on_session(
+    name: str,
+    *counts: Count,
+    pairs_of: Callable[[Sequence[Asked], Sequence[AnswerBits]], Sequence[tuple[Start, AnswerBits]]],
+) -> Way:
+    """The way of gateways: requests, or what is left of them, on the decode worker's session."""
 
     async def take(site: Site) -> Taken:
+        pairs = pairs_of(site.requests, site.expected)
+        starts = [start for start, _ in pairs]
+        before = await asyncio.to_thread(observed.settled, site.cluster)
         worker = (await asyncio.to_thread(site.cluster.workers))[DECODE].announcement
-        rests = await restart_all(worker, site.requests, site.expected, num_at_once=num_at_once)
-        num_restarted = sum(rest.summary.handoff.transport == transport for rest in rests)
-        num_demanded = sum(not transport or len(rest.tokens) > 1 for rest in rests)
-        return Taken([rest.tokens for rest in rests], num_restarted, num_demanded)
+        told = await start_all(worker, starts, num_at_once=MANY)
+        after = await asyncio.to_thread(observed.settled, site.cluster)
+        requests = [
+            observed.seen_on_session(
+                start.asked,
+                num_prompt_tokens=len(start.asked.token_ids) + len(start.head),
+                lengths=[len(choice.tokens) for choice in each.bits.choices],
+                summaries=each.summaries,
+            )
+            for start, each in zip(starts, told, strict=True)
+        ]
+        seen = await asyncio.to_thread(observed.observe, site.cluster, requests, before=before, after=after)
+        outputs = [each.bits for each in told]
+        return Taken(starts, outputs, [due for _, due in pairs], [count(seen) for count in counts])
 
-    return Way(name, "requests restarted", take)
+    return Way(name, take)
 
 
-REFERENCE: Final = sending("alone, one step per prompt", "requests in one step per token", observed.alone)
-BATCHED: Final = sending(f"{MANY} at a time", "sequences in one step", observed.together, num_at_once=MANY)
-MIXED: Final = sending(f"{MANY} at a time, cut", "sequences in one step", observed.overlapping, num_at_once=MANY)
-PREEMPTED: Final = sending(
-    "preempted",
-    "tokens computed again",
-    observed.preempted,
-    num_at_once=MANY,
-    max_prompt_tokens=SHORT_PROMPT_TOKENS,
-    num_copies=4,
+def _twice(requests: Sequence[Asked], answers: Sequence[AnswerBits]) -> list[tuple[Start, AnswerBits]]:
+    """Every request and its answer two times over, so that also a few requests are too many for the pool."""
+    return 2 * list(zip(map(Start, requests), answers, strict=True))
+
+
+REFERENCE: Final = sending("alone", observed.alone, observed.copies)
+PREEMPTED: Final = _on_session(
+    f"preempted, {MANY} at a time",
+    observed.recomputed,
+    observed.preempted_forks,
+    observed.some_copies,
+    pairs_of=_twice,
 )
 PARTIAL_HIT: Final = sending(
-    "partial prefix hit on decode", "requests", observed.hits_on_decode, num_at_once=4, each=ask_after_its_beginning
+    "partial prefix hit on decode",
+    observed.hits_on_decode,
+    observed.scored_without_hits,
+    observed.copies,
+    num_at_once=4,
+    each=ask_after_its_beginning,
 )
 FULL_HIT: Final = sending(
-    "full prefix hit on decode", "requests", observed.full_hits_on_decode, num_at_once=4, each=ask_again
+    "full prefix hit on decode",
+    observed.full_hits_on_decode,
+    observed.scored_without_hits,
+    observed.copies,
+    num_at_once=4,
+    each=ask_again,
 )
 PREFILL_HIT: Final = sending(
-    "prefix hit on prefill", "requests", observed.hits_on_prefill, num_at_once=4, each=ask_after_its_beginning
+    "prefix hit on prefill",
+    observed.hits_on_prefill,
+    observed.scored_without_hits,
+    observed.handed_over_bytes,
+    num_at_once=4,
+    each=ask_after_its_beginning,
 )
 HIT_AND_HANDOFF: Final = sending(
     "prefix hit on decode, rest handed over",
-    "requests",
     observed.hits_before_handoff,
+    observed.scored_without_hits,
+    observed.handed_over_bytes,
     num_at_once=4,
     each=ask_after_its_beginning,
 )
 
 
+def batched(budget: int, *others: Count) -> Way:
+    """Many at a time, with prompts cut by `budget` tokens where they are longer."""
+    counts = (observed.shared_steps(budget), observed.copies, *others)
+    return sending(f"{MANY} at a time, chunks of {budget}", *counts, num_at_once=MANY)
+
+
 def cut_by(budget: int) -> Way:
-    """Prompts in parts."""
-    return sending(f"chunks of {budget}", "cuts", observed.cuts(budget))
+    """Prompts in parts, one request at a time."""
+    return sending(f"alone, chunks of {budget}", observed.cuts(budget), observed.copies)
 
 
-THREADED: Final = sending(
-    f"{MANY} at a time on 2 threads",
-    "sequences in one step",
-    observed.on_two_threads(DECODE, observed.together),
-    num_at_once=MANY,
-)
-
-
-def handing_over_threaded(*, prefill: int, decode: int) -> Way:
-    """Prompts computed elsewhere, each side on its own number of threads.
-
-    That two threads compute is demanded of prefill alone: most steps of decode are too small to be shared out.
-    """
-    over = observed.handed_over("shm")
-    count = observed.on_two_threads(PREFILL, over) if prefill == 2 else over
-    return sending(f"prefill on {prefill}, decode on {decode} threads", "hand-offs", count, num_at_once=MANY)
-
-
-def handing_over(transport: str, *, num_at_once: int, max_prompt_tokens: int = MAX_PROMPT_TOKENS) -> Way:
+def handing_over(transport: str, *others: Count) -> Way:
     """Prompts computed elsewhere."""
-    name = f"hand-off over {transport}, {num_at_once} at a time"
-    count = observed.handed_over(transport)
-    return sending(name, "hand-offs", count, num_at_once=num_at_once, max_prompt_tokens=max_prompt_tokens)
+    counts = (observed.handed_over(transport), observed.handed_over_bytes, observed.copies, *others)
+    return sending(f"handed over, {MANY} at a time", *counts, num_at_once=MANY)
+
+
+def restarting(*counts: Count) -> Way:
+    """The way of a gateway that lost a worker: every choice of every request goes on after some of its tokens."""
+    return _on_session("restarted", _restarted, *counts, pairs_of=restarts)
+
+
+def _restarted(seen: observed.Observed) -> Condition:
+    return Condition("choices restarted", len(seen.requests), 1)
