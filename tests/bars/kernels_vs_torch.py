@@ -1,9 +1,10 @@
 """Compiled kernels against torch on the linear layers of the 0.5B shape: `python -m tests.bars.kernels_vs_torch`.
 
 One table from one run: for every layer and number of rows the two take turns, and medians are compared. Torch computes
-`F.linear` in the same dtype and, for int8, `_int_mm` on rows that are quantized already, without scales. A ratio above
-1 means that the compiled kernel is faster. Ends with 1 when a ratio is below what noise explains. On a machine that
-does other work, `--clock cpu` compares the time that either spends on processors instead.
+`F.linear` in the same dtype; for int8 the same layer as ours: rows quantized, `_int_mm`, scales. `int8-mm` sets our
+whole int8 layer beside the bare product of integers that are there already: for information, it is not judged. A ratio
+above 1 means that the compiled kernel is faster. Ends with 1 when a ratio is below what noise explains. On a machine
+that does other work, `--clock cpu` compares the time that either spends on processors instead.
 """
 
 import argparse
@@ -37,10 +38,22 @@ class Peer(NamedTuple):
     dtype: torch.dtype
     stored: WeightFormat
     torch_linear: Callable[[Tensor, Tensor], Callable[[], object]]
+    is_judged: bool = True
 
 
 def _plain(x: Tensor, weight: Tensor) -> Callable[[], object]:
     return lambda: functional.linear(x, weight)
+
+
+def _quantized(x: Tensor, weight: Tensor) -> Callable[[], object]:
+    integers, scales = quantize_rows(weight)
+    transposed = integers.T
+
+    def linear() -> Tensor:
+        rows, row_scales = quantize_rows(x)
+        return (torch._int_mm(rows, transposed).float() * row_scales[:, None] * scales).to(x.dtype)
+
+    return linear
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], object]:
@@ -51,7 +64,8 @@ def _int_mm(x: Tensor, weight: Tensor) -> Callable[[], object]:
 PEERS = {
     "bf16": Peer(torch.bfloat16, WeightFormat.AS_GIVEN, _plain),
     "fp32": Peer(torch.float32, WeightFormat.AS_GIVEN, _plain),
-    "int8": Peer(torch.bfloat16, WeightFormat.INT8, _int_mm),
+    "int8": Peer(torch.bfloat16, WeightFormat.INT8, _quantized),
+    "int8-mm": Peer(torch.bfloat16, WeightFormat.INT8, _int_mm, is_judged=False),
 }
 
 
@@ -94,10 +108,11 @@ def main() -> int:
         for name in options.layers:
             alternate = partial(_alternate, seconds=options.seconds, clock=CLOCKS[options.clock])
             cells = _row(PEERS[peer_name], name, backend, copies=options.copies, alternate=alternate)
-            smallest = min(smallest, *(theirs / ours for ours, theirs in cells))
+            if PEERS[peer_name].is_judged:
+                smallest = min(smallest, *(theirs / ours for ours, theirs in cells))
             text = "".join(f"{ours * 1e6:8.0f} /{theirs * 1e6:8.0f} ={theirs / ours:5.2f}" for ours, theirs in cells)
-            print(f"{peer_name:5} {name:8}{text}", flush=True)
-    print(f"smallest ratio {smallest:.2f}, must be {options.least:.2f}")
+            print(f"{peer_name:7} {name:7}{text}", flush=True)
+    print(f"smallest judged ratio {smallest:.2f}, must be {options.least:.2f}")
     return 0 if smallest >= options.least else 1
 
 
