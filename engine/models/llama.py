@@ -94,17 +94,28 @@ class Llama:
         config, eps = self._config, self._config.rms_norm_eps
         slots, spans, rotation = batch.slots, batch.spans, Rotation(self._cosines, self._sines, batch.positions)
         num_heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        hidden = ops.embedding(batch.token_ids, self._embedding)
-        for index, layer in enumerate(self._layers):
+
+        def attend(index: int, hidden: Tensor) -> Tensor:
+            layer = self._layers[index]
             qkv = ops.linear(layer.qkv, ops.rms_norm(hidden, layer.input_norm, eps))
             q, k, v = torch.split(qkv.view(len(qkv), -1, config.head_dim), num_heads, dim=1)
             q = ops.rotate_and_write(q, (k, v), rotation, pages=pages, layer=index, slots=slots)
-            attended = ops.paged_attention(q, pages, spans, layer=index, scale=config.attention_scale)
-            hidden = ops.linear(layer.o, attended.flatten(1), residual=hidden)
+            return ops.paged_attention(q, pages, spans, layer=index, scale=config.attention_scale).flatten(1)
+
+        def add(index: int, attended: Tensor, hidden: Tensor) -> Tensor:
+            layer = self._layers[index]
+            hidden = ops.linear(layer.o, attended, residual=hidden)
             inner = ops.linear(layer.gate_up, ops.rms_norm(hidden, layer.post_attention_norm, eps))
-            hidden = ops.linear(layer.down, inner, residual=hidden)
+            return ops.linear(layer.down, inner, residual=hidden)
+
+        hidden, last = ops.embedding(batch.token_ids, self._embedding), config.num_layers - 1
+        for index in range(last):
+            hidden = add(index, attend(index, hidden), hidden)
+        # After the last layer's keys and values are written, only rows that something is asked of are computed.
+        attended = attend(last, hidden)
         drawn, scored = (
-            ops.rms_norm(ops.take_rows(hidden, rows), self._norm, eps) for rows in (batch.drawn_rows, batch.scored_rows)
+            ops.rms_norm(add(last, ops.take_rows(attended, rows), ops.take_rows(hidden, rows)), self._norm, eps)
+            for rows in (batch.drawn_rows, batch.scored_rows)
         )
         return ops.linear(self._head, ops.widen(drawn)), scored
 
