@@ -16,7 +16,7 @@ from tests.bars.concurrent import run_all
 from tests.same_tokens.asking import Asked
 from tests.same_tokens.bits import AnswerBits, ChoiceBits, TokenBits, make_bits
 
-_HEARTBEAT_S: Final = 1.0
+_HEARTBEAT_S: Final = 5.0
 _FINISH_REASONS: Final = {common_pb2.FINISH_REASON_STOP: "stop", common_pb2.FINISH_REASON_LENGTH: "length"}
 
 

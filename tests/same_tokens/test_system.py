@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.bars.equal_tokens import NO_CACHE, RELAY, SINGLE
+from tests.loop import run
 from tests.same_tokens import observed, ways
 from tests.same_tokens.asking import MAX_PROMPT_TOKENS, Asked, draw_requests
 from tests.same_tokens.bits import AnswerBits, ChoiceBits, TokenBits, first_difference
@@ -47,7 +48,7 @@ def test_requests_cross_attention_tiles_and_are_of_every_kind(requests: Sequence
 
 def test_every_way_brings_the_bits_of_the_reference(requests: Sequence[Asked], tmp_path: Path) -> None:
     model = make_odd_model(tmp_path / "odd", seed=3)
-    findings = take_all(Family("odd", str(model), ("--dtype", "float32"), SETUPS, requests))
+    findings = run(take_all(Family("odd", str(model), ("--dtype", "float32"), SETUPS, requests)))
     assert [failure for finding in findings for failure in finding.failures] == []
     assert [len(finding.taken.conditions) for finding in findings] == [2, 2, 1, 2, 3, 3, 3, 3, 3]
     reasons = {choice.finish_reason for answer in findings[0].taken.outputs for choice in answer.choices}
