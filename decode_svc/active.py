@@ -70,6 +70,8 @@ class ActiveRequest:
     started_at: float
     prompt: PromptParts | None = None
     """None once the engine has it."""
+    cancelled: set[int] = field(default_factory=set)
+    """Choices that were cancelled before the engine had the prompt."""
     first_token_at: float | None = None
     _next_position: int = 1
     """The prompt's next token whose log-probability is to be sent."""
@@ -88,7 +90,7 @@ class ActiveRequest:
         """Sends those of the prompt's tokens that are news: whoever computes the prompt again scores it again."""
         unsent = [token for token in tokens if token.position >= self._next_position]
         self._next_position += len(unsent)
-        self.session.send_prompt(RequestId(self.start.request_id), self.choices[0], unsent)
+        self.session.send_prompt(RequestId(self.start.request_id), self.open_choices[0], unsent)
 
     def hand_over(self, tokens: tuple[SampledToken, ...]) -> list[decode_pb2.SequenceEvent]:
         """The events of first tokens that a hand-off brought, one for each choice."""

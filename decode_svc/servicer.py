@@ -6,7 +6,8 @@ The life of a request, seen from here:
 2. The engine prefills it or asks the `HandoffSource`; what a prefill worker sends, log-probabilities of the prompt and
    the first token of each choice, leaves at once, while its KV is still in flight.
 3. The output of every step comes back to the event loop and leaves as one message per session.
-4. `Grant` lets a choice go on, `CancelRequest` or the session's end stops all; one event carries each choice's ending.
+4. `Grant` lets a choice go on, `CancelRequest` stops it or all, and so does the session's end; one event carries each
+   choice's ending.
 
 It never decides about tokens and never waits for a gateway to read.
 """
@@ -39,13 +40,12 @@ from staffetta.errors import (
     HandoffFailedError,
     IncompatiblePeerError,
     ProtocolError,
-    QueueFullError,
     StaffettaError,
 )
 from staffetta.rpc.session import SessionPipe
 from staffetta.rpc.status import public_error
 from staffetta.v1 import common_pb2, decode_pb2, decode_pb2_grpc
-from worker.admission import PromptParts
+from worker.admission import PromptParts, check_room
 from worker.codec import choices_from_proto, sampling_from_proto
 from worker.pairing import check_protocol
 from worker.rank import Rank
@@ -135,9 +135,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 case "grant":
                     self._grant(session, message.grant)
                 case "cancel":
-                    request_id = RequestId(message.cancel.request_id)
-                    if request_id in session.request_ids:
-                        self._cancel(request_id)
+                    self._cancel_for(session, message.cancel)
                 case "heartbeat":
                     pass
                 case other:
@@ -174,10 +172,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         try:
             if self._is_draining:
                 raise DrainingError(f"{self._rank.identity.worker_id} is draining; another worker can take the request")
-            if (num_choices := self.num_choices()) > self._max_requests:
-                raise QueueFullError(
-                    f"{num_choices} choices would be held here, {self._max_requests} may be; retry later"
-                )
+            check_room(len(choices), self.num_choices(), self._max_requests)
             validate.check_start(start, self._rank.request_limits)
             active.prompt = PromptParts(start.num_prompt_tokens, start.token_ids, self._rank.request_limits)
         except StaffettaError as error:
@@ -216,6 +211,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         active.prompt = None
         added = self._rank.engine_thread.call(lambda engine: engine.add(request))
         added.add_done_callback(lambda future: self._loop.call_soon_threadsafe(self._added, request_id, future))
+        for choice_index in active.cancelled:
+            self._cancel(request_id, choice_index)
 
     def _added(self, request_id: RequestId, added: "Future[None]") -> None:
         if (error := added.exception()) is not None:
@@ -227,13 +224,21 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             choice_index, tokens = grant.choice_index, grant.tokens
             self._rank.engine_thread.submit(lambda engine: engine.grant(request_id, choice_index, tokens))
 
-    def _cancel(self, request_id: RequestId) -> None:
+    def _cancel_for(self, session: GatewaySession, cancel: decode_pb2.CancelRequest) -> None:
+        request_id = RequestId(cancel.request_id)
+        if request_id in session.request_ids:
+            self._cancel(request_id, cancel.choice_index if cancel.HasField("choice_index") else None)
+
+    def _cancel(self, request_id: RequestId, choice_index: int | None = None) -> None:
         active = self._active.get(request_id)
-        if active is not None and active.prompt is not None:
-            # The engine never heard of it: parts of its prompt are still missing.
-            self._end(active, FinishReason.CANCELLED)
+        if active is None or active.prompt is None:
+            self._rank.engine_thread.submit(lambda engine: engine.cancel(request_id, choice_index))
             return
-        self._rank.engine_thread.submit(lambda engine: engine.cancel(request_id))
+        # The engine has not heard of it: parts of its prompt are still missing.
+        if choice_index in active.choices:
+            active.cancelled.add(choice_index)
+        if choice_index is None or active.cancelled.issuperset(active.choices):
+            self._end(active, FinishReason.CANCELLED)
 
     # From the engine to the gateway
 

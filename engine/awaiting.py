@@ -231,11 +231,9 @@ class AwaitingSequences:
         endings = [
             Ending(sequence, (choice,), reason)
             for choice, token in zip(sequence.choices, tokens, strict=True)
-            if (reason := finish_reason(token)) is not None
+            if choice in sequence.open_choices and (reason := finish_reason(token)) is not None
         ]
-        sequence.open_choices = tuple(
-            choice for choice, token in zip(sequence.choices, tokens, strict=True) if finish_reason(token) is None
-        )
+        sequence.close([choice for ending in endings for choice in ending.choices])
         if not sequence.open_choices:
             # At once, not with the sequence: the same poll may hold more news of this attempt, and an ending is final.
             self.abandon(sequence)

@@ -82,14 +82,20 @@ class Engine:
         else:
             self._scheduler.enqueue(sequence)
 
-    def cancel(self, request_id: RequestId) -> None:
-        """Ends a request; the last output of each choice that has none says CANCELLED. Idempotent.
+    def cancel(self, request_id: RequestId, choice_index: int | None = None) -> None:
+        """Ends a request, or one choice of it; the last output of each choice that has none says CANCELLED. Idempotent.
 
-        A prefill has one for all choices, and none when it was held: it has had its last output.
+        A prefill has one for all choices, and none when it was held: it has had its last output. It ends as a whole, or
+        by the cancelling of a choice not at all.
         """
         for sequence in self._live.of(request_id):
+            choices = sequence.open_choices
+            if choice_index is not None:
+                choices = (choice_index,) if choice_index in choices and not sequence.is_prefill else ()
+            if not choices:
+                continue
             is_held = sequence.state is SequenceState.HELD
-            outputs = self._end(Ending(sequence, sequence.open_choices, FinishReason.CANCELLED))
+            outputs = self._end(Ending(sequence, choices, FinishReason.CANCELLED))
             if not is_held:
                 self._news.extend(outputs)
 
@@ -241,7 +247,7 @@ class Engine:
     def _end(self, ending: Ending) -> list[SequenceOutput]:
         """Ends choices; with the last of its choices a sequence ends, too. A prefill has one output for all."""
         sequence = ending.sequence
-        sequence.open_choices = tuple(choice for choice in sequence.open_choices if choice not in ending.choices)
+        sequence.close(ending.choices)
         if not sequence.open_choices:
             self._retire(sequence)
         stats = sequence.stats(now=self._clock())

@@ -23,8 +23,8 @@ class LiveSequences:
 
     @property
     def num_choices(self) -> int:
-        """Choices that the requests were made for; those that have ended count until the last of their request has."""
-        return sum(len(sequences[0].request.choices) for sequences in self._by_request.values())
+        """Choices that have no ending, and those of prefills that are held."""
+        return sum(len(sequence.open_choices) for sequence in self)
 
     def of(self, request_id: RequestId) -> tuple[Sequence, ...]:
         """The sequences of one request; none when it is over, or never was."""

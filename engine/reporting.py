@@ -16,7 +16,7 @@ def choice_output(
     reason = sequence.append(result.tokens[0], now=now) if result.tokens else None
     return SequenceOutput(
         sequence.request_id,
-        sequence.choices[0],
+        sequence.open_choices[0],
         tokens=result.tokens,
         prompt_tokens=prompt_tokens,
         finish_reason=reason,
@@ -27,7 +27,7 @@ def choice_output(
 def first_outputs(
     parent: Sequence, result: SliceResult, prompt_tokens: tuple[PromptToken, ...], *, now: float
 ) -> list[SequenceOutput]:
-    """The news of a sequence that is about to fork, one output for each choice; those that end by them are closed.
+    """The news of a sequence that is about to fork, one output for each open choice; those that end by them are closed.
 
     First tokens that were known have been told; they are drawn a second time only where a hand-off broke off.
     """
@@ -36,7 +36,8 @@ def first_outputs(
     parent.learn_first_tokens(result.tokens, now=now)
     stats = parent.stats(now=now)
     outputs: list[SequenceOutput] = []
-    for choice, token in parent.first_tokens.items():
+    for choice in parent.open_choices:
+        token = parent.first_tokens[choice]
         reason = parent.request.sampling.finish_reason(token)
         outputs.append(
             SequenceOutput(
@@ -48,7 +49,7 @@ def first_outputs(
                 stats=None if reason is None else stats,
             )
         )
-    parent.open_choices = tuple(output.choice_index for output in outputs if output.finish_reason is None)
+    parent.close([output.choice_index for output in outputs if output.finish_reason is not None])
     return outputs
 
 

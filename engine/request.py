@@ -146,7 +146,7 @@ class SequenceOutput:
 
     `tokens` are the choice's next ones; of a PREFILL, which has one output for all, the first of every choice, in the
     order of the request's choices. `prompt_tokens` follow those of earlier outputs without a gap, from position 1 on;
-    they come with the request's first choice.
+    they come with the first choice that is open.
     """
 
     request_id: RequestId

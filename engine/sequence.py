@@ -5,6 +5,7 @@ One sequence goes through the prompt for all choices of a request. When it has t
 (`engine.forking`): from then on each choice that goes on has a sequence of its own.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -72,7 +73,7 @@ class Sequence:
     """The request's, or the one that a fork stands for; () is short for the request's."""
     state: SequenceState = SequenceState.WAITING
     open_choices: tuple[int, ...] = field(init=False)
-    """Those of `choices` that have no ending."""
+    """Those of `choices` that have no ending; `close` takes from them."""
     first_tokens: dict[int, SampledToken] = field(default_factory=dict)
     """By choice, once they are known and until the fork. A sequence of one choice has its own in `token_ids`."""
     token_ids: list[int] = field(init=False)
@@ -87,7 +88,7 @@ class Sequence:
     num_scored_tokens: int = 1
     """Leading prompt tokens whose log-probability was told, when the request asks; the first one has none."""
     credit: int | None = field(init=False)
-    """Tokens that each choice may produce: the least of what theirs allow."""
+    """Tokens that each open choice may produce: the least of what theirs allow."""
     granted: dict[int, int] = field(init=False)
     """Tokens granted since the request began, by choice."""
     num_shrunk: int = 0
@@ -229,8 +230,16 @@ class Sequence:
     def grant(self, choice: int, num_tokens: int) -> None:
         """Lets one of `choices` produce more; nothing happens when its credit is unbounded."""
         self.granted[choice] += num_tokens
-        if self.request.credit is not None:
-            self.credit = self.request.credit + min(self.granted.values())
+        self._count_credit()
+
+    def close(self, choices: Collection[int]) -> None:
+        """Notes that some of `choices` have their ending; nobody grants them anything, and nobody waits for that."""
+        self.open_choices = tuple(choice for choice in self.open_choices if choice not in choices)
+        self._count_credit()
+
+    def _count_credit(self) -> None:
+        if self.request.credit is not None and self.open_choices:
+            self.credit = self.request.credit + min(self.granted[choice] for choice in self.open_choices)
 
     def learn_first_tokens(self, tokens: tuple[SampledToken, ...], *, now: float) -> None:
         """Remembers the first token of each of `choices` until the fork."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from staffetta.errors import DrainingError, QueueFullError
+from staffetta.errors import DrainingError, InvalidRequestError, QueueFullError
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,14 @@ class Admission:
     def held(self, num_choices: int = 1) -> Iterator[None]:
         """Counts its body as `num_choices` under way.
 
-        Raises QueueFullError or DrainingError instead of beginning it.
+        Raises QueueFullError or DrainingError instead of beginning it, InvalidRequestError when it could never begin.
         """
         if self.is_draining:
             raise DrainingError("the gateway is about to end; send the request to another one")
+        if num_choices > self._max_held:
+            raise InvalidRequestError(
+                f"n is {num_choices} and this gateway holds at most {self._max_held} choices; lower it", param="n"
+            )
         num_held = sum(self._held.values())
         if num_held + num_choices > self._max_held:
             raise QueueFullError(

@@ -36,6 +36,7 @@ from staffetta import validate
 from staffetta.config.schema import GatewayConfig
 from staffetta.errors import (
     DrainingError,
+    InvalidRequestError,
     NoWorkerError,
     QueueFullError,
     StaffettaError,
@@ -200,12 +201,17 @@ class Journeys:
     ) -> RequestStream:
         """Starts the request, as the rest of `start`, on the best pair that has not refused it, when there is one.
 
-        Raises ContextLengthExceededError when there are workers and their contexts are all too short.
+        Raises ContextLengthExceededError when there are workers and their contexts are all too short, and
+        InvalidRequestError when none of them ever has room for so many choices.
         """
         give_up_at = asyncio.get_running_loop().time() + self._config.start_timeout_s
         while True:
             # At every turn: who is there decides how long the context is.
             sampling = sampling_within(prepared, replace(self.model.limits, max_model_len=self.max_model_len()))
+            if (most := self._workers.max_requests()) is not None and sampling.n > most:
+                raise InvalidRequestError(
+                    f"n is {sampling.n} and the workers hold at most {most} choices each; lower it", param="n"
+                )
             demand = Demand(
                 num_prompt_tokens=len(prepared.token_ids),
                 max_tokens=sampling.max_tokens,

@@ -1,9 +1,9 @@
 """One attempt of a request on one decode worker: the news of its choices, as they come, as the client's events.
 
-Each choice has text, stop strings, credit and one ending of its own; an error of any of them is the request's. The wire
-cancels requests, not choices. So a choice that ended here, by a stop string, is granted nothing more and what still
-comes of it is dropped; its ending is told with the worker's summary of it, which comes when the worker ends the choice
-too, or when all choices have ended and the request is cancelled. Never ends the stream: who opened it closes it.
+Each choice has text, stop strings, credit and one ending of its own; an error of any of them is the request's. A choice
+that ended here, by a stop string, is cancelled on the worker at once, so that its blocks are free, and what still comes
+of it is dropped. Its ending is told with the worker's summary of it, when the worker has ended it too; where nothing
+else is waited for, before long without one. Never ends the stream: who opened it closes it.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from staffetta.errors import DrainingError, InternalError, StaffettaError
 from staffetta.v1 import common_pb2, decode_pb2
 
 SUMMARY_TIMEOUT_S: Final = 1.0
-"""How long the end of a request cut by stop strings waits for the worker's summaries."""
+"""How long the end of a request whose last choices were cut by stop strings waits for the worker's summaries."""
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +68,13 @@ class Relay:
         while not all(choice.is_cut for choice in self._open.values()):
             phase = "generating" if self._progress.num_tokens else "waiting for the first token"
             event = await self._progress.within_deadline(self._stream.next(), phase)
-            if event.finish_reason == common_pb2.FINISH_REASON_CANCELLED:
-                raise DrainingError("the worker gave the request up because it is about to end; send it again")
             if scored := self._progress.prompt.take(event.prompt_tokens):
                 self._progress.numerics_digest = self._stream.numerics_digest
                 yield PromptLogprobs(scored)
             choice = self._choice_of(event)
+            was_cut = choice.is_cut
+            if event.finish_reason == common_pb2.FINISH_REASON_CANCELLED and not was_cut:
+                raise DrainingError("the worker gave the request up because it is about to end; send it again")
             has_ended = event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED
             delta = choice.output.take(event.tokens)
             if has_ended:
@@ -87,6 +88,8 @@ class Relay:
                 yield self._finish(event.choice_index, event.finish_reason, event.summary)
             elif not choice.is_cut:
                 self._grant(choice, delta)
+            elif not was_cut:
+                self._stream.cancel(delta.choice_index)
         if self._open:
             summaries = await self._sum_up()
             for index in tuple(self._open):
@@ -142,9 +145,8 @@ class Relay:
         )
 
     async def _sum_up(self) -> Mapping[int, decode_pb2.SequenceSummary]:
-        """Cancels a request that has all it needs, and waits, not for long, for what the worker says of each choice."""
+        """Waits, not for long, for what the worker says of the choices that are left, all cut and cancelled."""
         summaries: dict[int, decode_pb2.SequenceSummary] = {}
-        self._stream.cancel()
         try:
             async with asyncio.timeout(SUMMARY_TIMEOUT_S):
                 while not self._open.keys() <= summaries.keys():

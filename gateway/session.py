@@ -62,10 +62,10 @@ class RequestStream:
             grant = decode_pb2.Grant(request_id=self._request_id, choice_index=choice_index, tokens=num_tokens)
             self._session.send(decode_pb2.DecodeSessionRequest(grant=grant))
 
-    def cancel(self) -> None:
-        """Asks the worker to end every choice; their last events still come. Idempotent."""
+    def cancel(self, choice_index: int | None = None) -> None:
+        """Asks the worker to end one choice, or every one; their last events still come. Idempotent."""
         if self.num_running:
-            cancel = decode_pb2.CancelRequest(request_id=self._request_id)
+            cancel = decode_pb2.CancelRequest(request_id=self._request_id, choice_index=choice_index)
             self._session.send(decode_pb2.DecodeSessionRequest(cancel=cancel))
 
     def close(self) -> None:

@@ -135,6 +135,10 @@ class Workers:
         """The longest context any decode worker with a session serves; None when there is none."""
         return max((worker.session.max_model_len for worker in self if worker.session is not None), default=None)
 
+    def max_requests(self) -> int | None:
+        """The most choices any decode worker with a session holds at once; None when there is none."""
+        return max((worker.session.max_requests for worker in self if worker.session is not None), default=None)
+
     async def wait_for_change(self) -> None:
         """Returns at the next join, leave, report, or opening or end of a session."""
         await self._change.wait()

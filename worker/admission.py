@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from staffetta import validate
 from staffetta.config.schema import MAX_LEASE_S
-from staffetta.errors import InvalidRequestError
+from staffetta.errors import InvalidRequestError, QueueFullError
 from staffetta.v1 import common_pb2, decode_pb2, prefill_pb2
 
 
@@ -33,6 +33,19 @@ class PromptParts:
         token_ids = tuple(self._token_ids)
         self._token_ids = []
         return token_ids
+
+
+def check_room(num_asked: int, num_held: int, max_requests: int) -> None:
+    """Checks that `num_held` choices, the `num_asked` of a new request included, are no more than a worker may hold.
+
+    Raises InvalidRequestError for a request that would have no room in an empty worker either, else QueueFullError.
+    """
+    if num_asked > max_requests:
+        raise InvalidRequestError(
+            f"n is {num_asked} and this worker holds at most {max_requests} choices; lower it", param="n"
+        )
+    if num_held > max_requests:
+        raise QueueFullError(f"{num_held} choices would be held here, {max_requests} may be; retry later")
 
 
 def check_prefill(start: prefill_pb2.StartPrefill, limits: validate.Limits, *, block_size: int) -> None:

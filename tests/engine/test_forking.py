@@ -358,7 +358,7 @@ def test_more_choices_than_sequences_in_a_step_take_turns() -> None:
     assert max(len(run) for run in runner.runs) == 2
 
 
-def test_max_requests_counts_choices_until_the_last_of_a_request_has_ended() -> None:
+def test_max_requests_counts_choices_until_they_have_ended() -> None:
     engine, _ = make_engine(limits=make_limits(max_requests=4))
     free = make_request("a", range(6), choices=THREE)
     stop = frozenset({wanted(free, 1)[0]})
@@ -366,11 +366,13 @@ def test_max_requests_counts_choices_until_the_last_of_a_request_has_ended() -> 
     with pytest.raises(QueueFullError, match="holds 3 requests, a choice counted as one, and may hold 4"):
         engine.add(make_request("b", choices=(0, 1)))
     engine.add(make_request("c"))
-    step_choices(engine)
+    ended = [key for key, output in step_choices(engine).items() if output.finish_reason is not None]
+    assert ended == [("a", 1)]
+    engine.add(make_request("d"))
     with pytest.raises(QueueFullError):
-        engine.add(make_request("d"))
+        engine.add(make_request("e"))
     run_choices(engine)
-    engine.add(make_request("b", choices=(0, 1)))
+    engine.add(make_request("b", choices=(0, 1, 2, 3)))
 
 
 @pytest.mark.parametrize(

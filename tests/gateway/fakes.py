@@ -58,6 +58,9 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         self.is_draining = False
         self.starts: asyncio.Queue[decode_pb2.StartRequest] = asyncio.Queue()
         self.cancels: asyncio.Queue[str] = asyncio.Queue()
+        """Whole requests that were cancelled."""
+        self.cancelled_choices: asyncio.Queue[int] = asyncio.Queue()
+        self.obeys_cancels = True
         self.prompts: dict[str, list[int]] = {}
         self.credit: dict[tuple[str, int], int] = {}
         self.peers: list[str] = []
@@ -175,11 +178,19 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
                         self.credit[key] += message.grant.tokens
                     self._granted.set()
                 case "cancel":
-                    self.cancels.put_nowait(message.cancel.request_id)
-                    for request_id, choice in tuple(self.credit):
-                        if request_id == message.cancel.request_id:
-                            del self.credit[request_id, choice]
-                            self.emit(request_id, (), choice=choice, finish=common_pb2.FINISH_REASON_CANCELLED)
+                    self._cancel(message.cancel)
+
+    def _cancel(self, cancel: decode_pb2.CancelRequest) -> None:
+        is_whole = not cancel.HasField("choice_index")
+        if is_whole:
+            self.cancels.put_nowait(cancel.request_id)
+        else:
+            self.cancelled_choices.put_nowait(cancel.choice_index)
+        for request_id, choice in tuple(self.credit):
+            is_meant = request_id == cancel.request_id and (is_whole or choice == cancel.choice_index)
+            if is_meant and self.obeys_cancels:
+                del self.credit[request_id, choice]
+                self.emit(request_id, (), choice=choice, finish=common_pb2.FINISH_REASON_CANCELLED)
 
     async def _play(self, start: decode_pb2.StartRequest) -> None:
         request_id = start.request_id
@@ -198,7 +209,9 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
             has_advanced = False
             for choice, index in tuple(num_sent.items()):
                 if (request_id, choice) not in self.credit:
-                    return
+                    del num_sent[choice]
+                    has_advanced = True
+                    continue
                 if index == min(len(replies[choice]), start.sampling.max_tokens):
                     del num_sent[choice], self.credit[request_id, choice]
                     is_cut = index < len(replies[choice])

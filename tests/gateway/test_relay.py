@@ -31,29 +31,52 @@ async def test_a_stop_string_ends_its_choice_only_and_what_still_comes_of_it_is_
 
 
 @asynchronous
-async def test_the_request_is_cancelled_once_stop_strings_have_ended_what_was_left_of_it() -> None:
+async def test_a_choice_is_cancelled_as_soon_as_a_stop_string_has_ended_it_and_the_others_go_on() -> None:
     async with running(reply=None) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
         events = aiter(generate(channel, n=3, stop=["b"]))
         await anext(events)
         request_id = (await it.worker.starts.get()).request_id
         it.worker.emit(request_id, [A, B])
         assert (await anext(events)).delta.text == "a"
+        cut = (await anext(events)).finished
+        assert (cut.choice_index, cut.finish_reason, cut.stop_string) == (0, STOP, "b")
+        assert await it.worker.cancelled_choices.get() == 0
+        assert list(it.worker.credit) == [(request_id, 1), (request_id, 2)]
         it.worker.emit(request_id, [C], choice=1, finish=LENGTH)
         assert (await anext(events)).delta.text == "c"
         assert (await anext(events)).finished.choice_index == 1
-        assert it.worker.cancels.empty()
         it.worker.emit(request_id, [B], choice=2)
-        ends = [event.finished async for event in events if event.WhichOneof("event") == "finished"]
-        assert await it.worker.cancels.get() == request_id
+        (last,) = [event.finished async for event in events if event.WhichOneof("event") == "finished"]
+        assert await it.worker.cancelled_choices.get() == 2
         assert it.num_in_flight() == 0
-    assert [(end.choice_index, end.finish_reason, end.stop_string) for end in ends] == [(0, STOP, "b"), (2, STOP, "b")]
-    assert [end.handoff.handoff_bytes for end in ends] == [4096, 4096]
-    assert [end.usage.completion_tokens for end in ends] == [2, 1]
+        assert it.worker.cancels.empty() and it.worker.cancelled_choices.empty()
+    assert (last.choice_index, last.finish_reason, last.stop_string) == (2, STOP, "b")
+    assert [end.handoff.handoff_bytes for end in (cut, last)] == [4096, 4096]
+    assert [end.usage.completion_tokens for end in (cut, last)] == [2, 1]
+
+
+@asynchronous
+async def test_a_worker_that_is_about_to_end_takes_no_choice_back_that_a_stop_string_had_ended() -> None:
+    async with running(reply=None) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
+        it.worker.obeys_cancels = False
+        events = aiter(generate(channel, n=2, stop=["b"]))
+        await anext(events)
+        request_id = (await it.worker.starts.get()).request_id
+        it.worker.emit(request_id, [B])
+        await anext(events)
+        it.worker.emit(request_id, (), finish=common_pb2.FINISH_REASON_CANCELLED)
+        assert (await anext(events)).finished.finish_reason == STOP
+        it.worker.emit(request_id, [A], choice=1)
+        await anext(events)
+        it.worker.emit(request_id, (), choice=1, finish=common_pb2.FINISH_REASON_CANCELLED)
+        with pytest.raises(grpc.aio.AioRpcError, match="the worker gave the request up"):
+            await anext(events)
 
 
 @asynchronous
 async def test_a_cut_choice_that_the_worker_ends_too_is_told_at_once_and_once() -> None:
     async with running(reply=None) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
+        it.worker.obeys_cancels = False
         events = aiter(generate(channel, n=2, stop=["b"]))
         await anext(events)
         request_id = (await it.worker.starts.get()).request_id
@@ -71,6 +94,7 @@ async def test_a_cut_choice_that_the_worker_ends_too_is_told_at_once_and_once() 
 @asynchronous
 async def test_credit_is_granted_choice_by_choice_and_never_to_one_that_a_stop_string_ended() -> None:
     async with running(reply=None, credit_tokens=4) as it, grpc.aio.insecure_channel(it.grpc_address) as channel:
+        it.worker.obeys_cancels = False
         events = aiter(generate(channel, n=2, stop=["b"]))
         await anext(events)
         request_id = (await it.worker.starts.get()).request_id
@@ -190,6 +214,23 @@ async def test_choices_that_the_worker_has_not_ended_count_against_its_bound() -
         assert session.heartbeat().heartbeat.num_requests == 1
         it.worker.reply = [A]
         assert (await it.http.post(PLAIN, json={"prompt": "x", "n": 2})).status_code == 200
+
+
+@asynchronous
+async def test_more_choices_than_any_worker_or_the_gateway_holds_are_refused_for_good() -> None:
+    async with running(reply=[A], max_requests=6) as it:
+        session = next(worker.session for worker in it.gateway.workers)
+        assert session is not None
+        session.max_requests = 4
+        refused = [await it.http.post(PLAIN, json={"prompt": "x", "n": n}) for n in (5, 7)]
+        fits = await it.http.post(PLAIN, json={"prompt": "x", "n": 4})
+    assert [response.status_code for response in (*refused, fits)] == [400, 400, 200]
+    errors = [response.json()["error"] for response in refused]
+    assert [error["param"] for error in errors] == ["n", "n"]
+    assert [error["message"] for error in errors] == [
+        "n is 5 and the workers hold at most 4 choices each; lower it",
+        "n is 7 and this gateway holds at most 6 choices; lower it",
+    ]
 
 
 @asynchronous

@@ -35,7 +35,7 @@ class ScriptedSession(DecodeSession):
         self.credit = dict.fromkeys(range(len(texts)), CREDIT)
         """Of choices that the worker has not ended."""
         self.granted: list[int] = []
-        self.num_cancels = 0
+        self.cancelled: list[int] = []
 
     def send(self, command: decode_pb2.DecodeSessionRequest) -> None:
         """Grants and cancels; a start was expected."""
@@ -44,9 +44,9 @@ class ScriptedSession(DecodeSession):
             if command.grant.choice_index in self.credit:
                 self.credit[command.grant.choice_index] += command.grant.tokens
         elif command.HasField("cancel"):
-            self.num_cancels += 1
-            for choice in tuple(self.credit):
-                self.end(choice, common_pb2.FINISH_REASON_CANCELLED)
+            self.cancelled.append(command.cancel.choice_index)
+            if command.cancel.choice_index in self.credit:
+                self.end(command.cancel.choice_index, common_pb2.FINISH_REASON_CANCELLED)
 
     def can_advance(self, choice: int) -> bool:
         """Whether the worker has anything to say of a choice."""
@@ -136,7 +136,8 @@ def test_each_choice_has_its_text_and_one_ending_in_whatever_order_news_come(
         is_cut = bool(stop)
         assert event.finish_reason == (common_pb2.FINISH_REASON_STOP if is_cut else common_pb2.FINISH_REASON_LENGTH)
     assert sorted(ended) == list(range(len(texts)))
-    assert session.num_cancels <= any("b" in whole for whole in texts)
+    assert len(session.cancelled) == len(set(session.cancelled)), "a choice was cancelled twice"
+    assert set(session.cancelled) <= {choice for choice, whole in enumerate(texts) if "b" in whole}
     for choice, whole in enumerate(texts):
         num_taken = len(whole.partition("b")[0])
         assert session.granted.count(choice) <= num_taken // (CREDIT // 2), "more was granted than was taken"

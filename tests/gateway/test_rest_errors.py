@@ -212,8 +212,9 @@ async def test_a_full_worker_and_a_full_gateway_are_429_with_a_hint_to_retry() -
         it.worker.failure = failure_of(QueueFullError("the worker is full"))
         it.worker.reply = ids_of("a")
         worker_full = await it.http.post(CHAT, json={"messages": HI})
-    async with running(max_requests=0) as it:
-        gateway_full = await it.http.post(CHAT, json={"messages": HI})
+    async with running(max_requests=1) as it:
+        with it.gateway.journeys.admission.held():
+            gateway_full = await it.http.post(CHAT, json={"messages": HI})
     for response in (worker_full, gateway_full):
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"

@@ -52,7 +52,7 @@ class DecodeSessionRequest(_message.Message):
 
     @_builtins.property
     def cancel(self) -> Global___CancelRequest:
-        """Cancels a request; idempotent."""
+        """Cancels a request, or one choice of it; idempotent."""
 
     @_builtins.property
     def heartbeat(self) -> _common_pb2.Heartbeat:
@@ -323,23 +323,31 @@ Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
-    """Cancels a request."""
+    """Cancels a request, or one choice of it, whose blocks are free at once. What is cancelled ends with
+    FINISH_REASON_CANCELLED, unless it has ended already; then nothing happens.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Identifies the request."""
+    choice_index: _builtins.int
+    """Identifies the choice; unset cancels all."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        choice_index: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index", "choice_index", b"choice_index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index", "choice_index", b"choice_index", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__choice_index: _TypeAlias = _typing.Literal["choice_index"]  # noqa: Y015
+    _WhichOneofArgType__choice_index: _TypeAlias = _typing.Literal["_choice_index", b"_choice_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__choice_index) -> _WhichOneofReturnType__choice_index | None: ...
 
 Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
 
