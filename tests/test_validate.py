@@ -60,7 +60,7 @@ def test_a_clients_id_that_is_long_or_does_not_print_is_refused_by_name(client_i
         ("logprobs", (0, 20), (-1, 21)),
         ("prompt_logprobs", (0, 20), (-1, 21)),
         ("n", (1, 16), (0, -1, 17, 2**32)),
-        ("repetition_penalty", (0.001, 1.0, 2.0), (0.0, -1.0, 2.001, 1e-60, math.nan, math.inf)),
+        ("repetition_penalty", (1e-6, 1.0, 2.0), (0.0, -1.0, 2.001, 9e-7, math.nan, math.inf)),
         ("presence_penalty", (-2.0, 0.0, 2.0), (-2.001, 2.001, math.nan, -math.inf)),
         ("frequency_penalty", (-2.0, 0.0, 2.0), (-2.001, 2.001, math.nan, math.inf)),
         ("stop_token_ids", ((), (0, 99), (1,) * 64), ((100,), (-1,), (1,) * 65)),

@@ -16,6 +16,8 @@ from staffetta.errors import ContextLengthExceededError, InvalidRequestError
 from staffetta.v1 import common_pb2, decode_pb2
 
 MAX_TEMPERATURE: Final = 2.0
+MIN_REPETITION_PENALTY: Final = 2.0**-20
+"""About a millionth, exact in float32: divided by much less, a logit would be no finite number any more."""
 MAX_REPETITION_PENALTY: Final = 2.0
 MAX_PENALTY: Final = 2.0
 """Of presence and frequency, which are taken from a logit; as far below 0."""
@@ -263,8 +265,8 @@ def as_float32(value: float) -> float:
 def _check_penalties(sampling: Sampling) -> None:
     if sampling.repetition_penalty is not None:
         _check_real(sampling.repetition_penalty, "repetition_penalty")
-        if not 0 < as_float32(sampling.repetition_penalty) <= MAX_REPETITION_PENALTY:
-            raise _outside("repetition_penalty", sampling.repetition_penalty, "above 0 up to 2; 1 changes nothing")
+        if not MIN_REPETITION_PENALTY <= sampling.repetition_penalty <= MAX_REPETITION_PENALTY:
+            raise _outside("repetition_penalty", sampling.repetition_penalty, "2^-20 to 2; 1 changes nothing")
     for name, value in (
         ("presence_penalty", sampling.presence_penalty),
         ("frequency_penalty", sampling.frequency_penalty),

@@ -139,7 +139,7 @@ class SamplingParams(_message.Message):
     n: _builtins.int
     """Asks for this many choices, independent continuations of one prompt. Range 1 to 16. Default 1."""
     repetition_penalty: _builtins.float
-    """Divides positive and multiplies negative logits of tokens in prompt and output. Range above 0 to 2. Default 1."""
+    """Divides positive and multiplies negative logits of tokens in prompt and output. Range 2^-20 to 2. Default 1."""
     presence_penalty: _builtins.float
     """Is subtracted from the logits of tokens in the output. Range -2 to 2. Default 0."""
     frequency_penalty: _builtins.float
