@@ -61,7 +61,7 @@ def test_a_cancelled_choice_ends_alone_and_its_blocks_are_free_at_once(choice: i
 @pytest.mark.parametrize("choice", THREE)
 def test_a_choice_that_is_cancelled_before_the_first_tokens_never_has_any(choice: int) -> None:
     engine, _ = make_engine(limits=make_limits(max_batch_tokens=4))
-    request = make_request("a", range(6), choices=THREE, sampling=make_sampling(num_prompt_logprobs=0))
+    request = make_request("a", range(10), choices=THREE, sampling=make_sampling(num_prompt_logprobs=0))
     engine.add(request)
     first = step_choices(engine)
     engine.cancel(A, choice)
@@ -71,7 +71,7 @@ def test_a_choice_that_is_cancelled_before_the_first_tokens_never_has_any(choice
     # What was scored after it comes with a choice that is there to take it.
     scored = [output.prompt_tokens for key, each in outputs.items() if key[1] != choice for output in each]
     assert [token.position for output in first.values() for token in output.prompt_tokens] == [1, 2, 3, 4]
-    assert [token.position for tokens in scored for token in tokens] == [5]
+    assert [token.position for tokens in scored for token in tokens] == [5, 6, 7, 8, 9]
 
 
 def test_nobody_waits_for_the_credit_of_a_cancelled_choice() -> None:

@@ -82,10 +82,12 @@ async def test_a_cut_choice_that_the_worker_ends_too_is_told_at_once_and_once() 
         request_id = (await it.worker.starts.get()).request_id
         it.worker.emit(request_id, [B])
         assert [token.token_id for token in (await anext(events)).delta.tokens] == [B]
-        it.worker.emit(request_id, [A, A], at=1, finish=LENGTH)
+        it.worker.emit(request_id, [A], at=1)
+        it.worker.emit(request_id, [A], at=2, finish=LENGTH)
         cut = (await anext(events)).finished
         it.worker.emit(request_id, [A], choice=1, finish=LENGTH)
         rest = [event async for event in events]
+        assert it.worker.cancelled_choices.qsize() == 1
     assert (cut.choice_index, cut.finish_reason, cut.usage.completion_tokens) == (0, STOP, 1)
     assert [event.WhichOneof("event") for event in rest] == ["delta", "finished"]
     assert rest[1].finished.finish_reason == LENGTH
