@@ -83,6 +83,7 @@ def sampling_within(prepared: Prepared, limits: Limits) -> common_pb2.SamplingPa
         num_left = limits.max_model_len - len(prepared.token_ids)
         sampling.max_tokens = min(num_left, prepared.default_max_tokens or num_left)
     validate.check_sampling(validate.sampling_of(sampling), limits)
+    validate.check_prompt_scores(len(prepared.token_ids), validate.sampling_of(sampling))
     return sampling
 
 

@@ -237,3 +237,19 @@ def test_arbitrary_messages_are_accepted_or_refused_and_nothing_else(data: bytes
         validate.check_start(start, LIMITS)
     except InvalidRequestError as refusal:
         assert refusal.message
+
+
+def test_a_prompt_is_scored_when_the_answer_can_hold_the_scores_of_every_choice() -> None:
+    most = validate.MAX_PROMPT_SCORES // (4 * 8)
+    validate.check_prompt_scores(most, Sampling(n=4, prompt_logprobs=7))
+    validate.check_prompt_scores(10 * most, Sampling(n=16))
+    with pytest.raises(
+        InvalidRequestError, match=r"8193 prompt tokens .* 262176 log-probabilities, the limit is 262144"
+    ):
+        validate.check_prompt_scores(most + 1, Sampling(n=4, prompt_logprobs=7))
+
+
+def test_a_worker_refuses_too_many_scores_too() -> None:
+    start = make_start(prompt_logprobs=20, n=16, num_prompt_tokens=1000, max_tokens=1)
+    with pytest.raises(InvalidRequestError, match="336000 log-probabilities"):
+        validate.check_start(start, Limits(vocab_size=100, max_model_len=2000))

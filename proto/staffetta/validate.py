@@ -26,6 +26,8 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_LOGPROBS: Final = 20
+MAX_PROMPT_SCORES: Final = 2**18
+"""Log-probabilities that one answer may hold of its prompt: some 20 MB of JSON."""
 MAX_MESSAGES: Final = 4096
 MAX_TEXT_CHARS: Final = 4 * 2**20
 MAX_SALT_BYTES: Final = 64
@@ -159,6 +161,20 @@ def check_budget(num_prompt_tokens: int, max_tokens: int | None, limits: Limits,
         )
 
 
+def check_prompt_scores(num_prompt_tokens: int, sampling: Sampling) -> None:
+    """Refuses to score a prompt when the answer, which tells the scores once for each choice, would be too long."""
+    if sampling.prompt_logprobs is None:
+        return
+    each = num_prompt_tokens * (sampling.prompt_logprobs + 1)
+    if each * num_choices(sampling) > MAX_PROMPT_SCORES:
+        raise InvalidRequestError(
+            f"{num_prompt_tokens} prompt tokens with {sampling.prompt_logprobs} alternatives for n = "
+            f"{num_choices(sampling)} choices are {each * num_choices(sampling)} log-probabilities, the limit is "
+            f"{MAX_PROMPT_SCORES}; ask for fewer alternatives or choices, or for parts of the prompt",
+            param="prompt_logprobs",
+        )
+
+
 def check_text(text: str, *, param: str = "prompt") -> None:
     """Refuses an empty text, an overlong one, and one that is not Unicode."""
     if not text:
@@ -237,6 +253,7 @@ def check_start(request: decode_pb2.StartRequest, limits: Limits) -> None:
             param="first_token_index",
         )
     _check_choice_index(request)
+    check_prompt_scores(request.num_prompt_tokens, sampling)
     check_budget(request.num_prompt_tokens, max_tokens - num_generated, limits)
     check_prompt_part(request.token_ids, request.num_prompt_tokens, limits)
     if request.prefill_worker:
