@@ -13,10 +13,11 @@ import demo
 from gateway.template import ChatTemplate
 from gateway.text import Text
 from staffetta import validate
+from staffetta.cache_dir import open_cache
 from staffetta.config.schema import ModelConfig
+from staffetta.digest_memo import remembered_digest
 from staffetta.errors import InvalidRequestError
 from staffetta.exits import ModelNotFoundError, UsageError
-from staffetta.identity import model_digest
 from staffetta.model_settings import GenerationDefaults, read_fields, read_generation_defaults
 from staffetta.validate import Limits
 
@@ -49,7 +50,7 @@ class Model:
 
 
 def load_model(config: ModelConfig) -> Model:
-    """Reads the model that `config` names. Reads all its weights once, for the digest.
+    """Reads the model that `config` names. Reads all its weights once, for the digest, unless it is remembered.
 
     Raises ModelNotFoundError when it is not there or not whole, UsageError for a setting that does not fit it.
     """
@@ -60,7 +61,7 @@ def load_model(config: ModelConfig) -> Model:
         raise UsageError(
             "BAD_MODEL_NAME", error.message, why="clients ask for models by it", fix="--served-model-name NAME"
         ) from error
-    digest = model_digest(directory)
+    digest = remembered_digest(directory, open_cache(config.cache_dir, model=directory))
     shape = read_fields(directory / "config.json")
     vocab_size = shape.integer("vocab_size", low=1, high=2**22)
     own_length = shape.integer("max_position_embeddings", low=1, high=2**24)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 PREFIX: Final = "STAFFETTA_"
@@ -19,6 +20,15 @@ def child_environment(**variables: str) -> dict[str, str]:
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
     return inherited | variables
+
+
+def user_cache_directory() -> Path:
+    """Where this user's programs keep what they can make again: XDG_CACHE_HOME where that is absolute, else ~/.cache.
+
+    Raises RuntimeError for a user without a home directory.
+    """
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return configured if configured.is_absolute() else Path.home() / ".cache"
 
 
 def let_idle_threads_sleep() -> None:

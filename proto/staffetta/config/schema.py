@@ -47,6 +47,11 @@ class ModelConfig:
     cluster_key: str = setting(
         "", "hexadecimal key of the block-hash chain, equal for all; serve draws one", form="key", secret=True
     )
+    cache_dir: str = setting(
+        "auto",
+        "directory of packed weights and digests of models of 64 MiB and more, which processes of one host share; "
+        "auto: staffetta under the user's cache directory; empty: none",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line that is written")
 
 
