@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -24,16 +25,31 @@ float value(const Matrix& weight, int64_t row, int64_t column) {
   return x;
 }
 
-void pack_float32(const Matrix& weight, int64_t output, float* panel) {
-  for (int64_t k = 0; k < weight.columns; ++k)
-    panel[k * kPanel + output % kPanel] = output < weight.rows ? value(weight, output, k) : 0.0f;
+// Inputs that all outputs of a panel are packed of before the next ones: their part of a panel stays in the first cache.
+constexpr int64_t kTile = 64;
+
+void pack_float32(const Matrix& weight, int64_t output, int64_t begin, int64_t end, float* panel) {
+  const bool is_real = output < weight.rows;
+  for (int64_t k = begin; k < end; ++k) panel[k * kPanel + output % kPanel] = is_real ? value(weight, output, k) : 0.0f;
 }
 
-void pack_bfloat16(const Matrix& weight, int64_t output, uint16_t* panel) {
+// `begin` is even.
+void pack_bfloat16(const Matrix& weight, int64_t output, int64_t begin, int64_t end, uint16_t* panel) {
   const uint16_t* row = static_cast<const uint16_t*>(weight.data) + output * weight.row_stride;
   const bool is_real = output < weight.rows;
-  for (int64_t k = 0; k < padded(weight.columns, 2); ++k)
-    panel[(k / 2 * kPanel + output % kPanel) * 2 + 1 - k % 2] = is_real && k < weight.columns ? row[k] : 0;
+  for (int64_t k = begin; k < end; k += 2) {
+    uint16_t* pair = panel + (k / 2 * kPanel + output % kPanel) * 2;
+    pair[1] = is_real ? row[k] : 0;
+    pair[0] = is_real && k + 1 < end ? row[k + 1] : 0;
+  }
+}
+
+// Calls `pack_part(output, begin, end)` for each tile of each output of a panel.
+template <class PackPart>
+void for_each_tile(const Matrix& weight, int64_t panel, PackPart pack_part) {
+  for (int64_t begin = 0; begin < weight.columns; begin += kTile)
+    for (int64_t output = panel * kPanel; output < (panel + 1) * kPanel; ++output)
+      pack_part(output, begin, std::min(begin + kTile, weight.columns));
 }
 
 int8_t& int8_place(int8_t* panel, int64_t output, int64_t k) {
@@ -79,15 +95,21 @@ void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t panel = 0; panel < padded(weight.rows, kPanel) / kPanel; ++panel) {
     char* to = static_cast<char*>(panels) + panel * panel_bytes;
-    for (int64_t output = panel * kPanel; output < (panel + 1) * kPanel; ++output) {
-      if (weight.dtype == kInt8)
-        copy_int8(weight, output, reinterpret_cast<int8_t*>(to), sums + output);
-      else if (kind == kWeightInt8)
-        pack_int8(weight, output, reinterpret_cast<int8_t*>(to), scales + output, sums + output);
-      else if (kind == kWeightBfloat16)
-        pack_bfloat16(weight, output, reinterpret_cast<uint16_t*>(to));
-      else
-        pack_float32(weight, output, reinterpret_cast<float*>(to));
+    if (kind == kWeightFloat32) {
+      for_each_tile(weight, panel, [&](int64_t output, int64_t begin, int64_t end) {
+        pack_float32(weight, output, begin, end, reinterpret_cast<float*>(to));
+      });
+    } else if (kind == kWeightBfloat16) {
+      for_each_tile(weight, panel, [&](int64_t output, int64_t begin, int64_t end) {
+        pack_bfloat16(weight, output, begin, end, reinterpret_cast<uint16_t*>(to));
+      });
+    } else {
+      for (int64_t output = panel * kPanel; output < (panel + 1) * kPanel; ++output) {
+        if (weight.dtype == kInt8)
+          copy_int8(weight, output, reinterpret_cast<int8_t*>(to), sums + output);
+        else
+          pack_int8(weight, output, reinterpret_cast<int8_t*>(to), scales + output, sums + output);
+      }
     }
   }
 }
