@@ -4,7 +4,7 @@ The runner decides nothing and remembers nothing between steps but the pool's by
 same ones.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -18,12 +18,15 @@ from engine.compressed_tensors import Compression, own_dtypes, stored_shapes
 from engine.identity import numerics_digest
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
+from engine.packed_weights import ModelSource, load_model
 from engine.request import PromptToken
 from engine.sampler import Target, sample, score
 from engine.step import BlockCopy, SequenceSlice, SliceResult
-from engine.weights import TORCH_DTYPES, load_weights
+from engine.weights import TORCH_DTYPES, StoredWeights
 from kernels.backend import Backend, BackendUnavailableError, WeightFormat, select
-from kvtransfer.layout import KVLayout
+from kvtransfer.layout import KVDtype, KVLayout
+from staffetta.cache_dir import CacheDirectory
+from staffetta.digest_memo import remembered_digest
 from staffetta.identity import ModelRefusedError
 
 __all__ = ["BackendUnavailableError", "ModelRunner", "load_runner"]
@@ -41,8 +44,12 @@ def load_runner(
     threads: int,
     device: str,
     quantization: Literal["none", "int8"] = "none",
+    cache: CacheDirectory | None = None,
 ) -> "ModelRunner":
     """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
+
+    With a `cache`, packed weights are mapped from there, and put there first where they are missing: then the layout's
+    model digest must be that of `directory`.
 
     `quantization` int8 makes 8-bit integers of the layers' linear weights at load, and of activations row by row. A
     checkpoint that is quantized already is computed as it is stored, and refused with any other `quantization`.
@@ -59,16 +66,31 @@ def load_runner(
             fix="--quantization none",
         )
     torch.set_num_threads(threads)
-    shapes = tensor_shapes(config)
-    weights = load_weights(
-        directory,
-        stored_shapes(shapes, config.compression),
-        dtype=layout.groups[0].dtype,
-        own_dtypes=own_dtypes(shapes, config.compression),
+    shapes, dtype = tensor_shapes(config), layout.groups[0].dtype
+    backend, stored = select(device, threads=threads), WeightFormat(quantization)
+
+    def read_weights() -> StoredWeights:
+        own = own_dtypes(shapes, config.compression)
+        return StoredWeights(directory, stored_shapes(shapes, config.compression), dtype=dtype, own_dtypes=own)
+
+    source = ModelSource(
+        config=config,
+        read_weights=read_weights,
+        read_digest=lambda: remembered_digest(directory, cache),
+        backend=backend,
+        dtype=dtype,
+        layers_stored=stored,
+        model_digest=layout.model_digest,
+        numerics_digest=_numerics_digest(config, backend, dtype=dtype, layers_stored=stored),
     )
-    backend = select(device, threads=threads)
-    stored = WeightFormat(quantization)
-    return ModelRunner(config, weights, backend, layout=layout, pool=pool, num_blocks=num_blocks, layers_stored=stored)
+    model = load_model(source, cache)
+    return ModelRunner(config, model, backend, layout=layout, pool=pool, num_blocks=num_blocks, layers_stored=stored)
+
+
+def _numerics_digest(config: ModelConfig, backend: Backend, *, dtype: KVDtype, layers_stored: WeightFormat) -> str:
+    # Integers are multiplied alike, whoever made them.
+    multiplied = WeightFormat.INT8 if config.compression is Compression.W8A8 else layers_stored
+    return numerics_digest(config, backend, dtype=dtype, kv_dtype=dtype, quantization=multiplied)
 
 
 class ModelRunner:
@@ -80,7 +102,7 @@ class ModelRunner:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, Tensor],
+        model: Llama,
         backend: Backend,
         *,
         layout: KVLayout,
@@ -88,10 +110,10 @@ class ModelRunner:
         num_blocks: int,
         layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
     ) -> None:
-        """Takes `weights` as `stored_shapes` of `tensor_shapes` declares them, in the layout's dtype or their own.
+        """Takes a `model` of `config` on `backend`, of the layout's dtype, whose layers are `layers_stored`.
 
         `pool` is writable memory of num_blocks x layout.page_bytes bytes; it is used in place and kept until the runner
-        is gone. Raises ValueError when layout, weights or pool do not fit the model.
+        is gone. Raises ValueError when layout, model or pool do not fit the configuration.
         """
         (group,) = layout.groups
         expected = config.kv_layout(block_size=group.block_size, dtype=group.dtype, model_digest=layout.model_digest)
@@ -103,20 +125,14 @@ class ModelRunner:
                 f"needs {num_blocks} writable pages of {layout.page_bytes}"
             )
         dtype = TORCH_DTYPES[group.dtype]
-        shapes = tensor_shapes(config)
-        own = own_dtypes(shapes, config.compression)
-        if any(weight.dtype != dtype for name, weight in weights.items() if name not in own):
-            raise ValueError(f"weights are not {group.dtype}, as the layout is")
-        self.num_parameters = sum(prod(shape) for shape in shapes.values())
-        # Integers are multiplied alike, whoever made them.
-        multiplied = WeightFormat.INT8 if config.compression is Compression.W8A8 else layers_stored
-        self.numerics_digest = numerics_digest(
-            config, backend, dtype=group.dtype, kv_dtype=group.dtype, quantization=multiplied
-        )
+        if model.dtype != dtype:
+            raise ValueError(f"weights are {model.dtype}, the layout is {group.dtype}")
+        self.num_parameters = sum(prod(shape) for shape in tensor_shapes(config).values())
+        self.numerics_digest = _numerics_digest(config, backend, dtype=group.dtype, layers_stored=layers_stored)
         self.backend_name = backend.name
         self._backend = backend
-        self._model = Llama(config, weights, backend, layers_stored=layers_stored)
-        self._compute = backend.compile_step(self._model.forward)
+        self._model = model
+        self._compute = backend.compile_step(model.forward)
         self._block_size = group.block_size
         # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)

@@ -1,10 +1,10 @@
 """Weights from safetensors files, by memory map: every name, shape and type is checked before anything is allocated.
 
-Tensors are copied once, into aligned memory of our own: the map's alignment differs from file to file, and arithmetic
+Tensors are copied, into aligned memory of our own: the map's alignment differs from file to file, and arithmetic
 may follow alignment; and a file replaced under a running worker must not change its model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -30,29 +30,43 @@ _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 _FIX = "use weights and config.json of the same model"
 
 
-def load_weights(
-    directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    dtype: KVDtype,
-    own_dtypes: Mapping[str, OwnDtype] = _NO_OWN_DTYPES,
-) -> dict[str, Tensor]:
-    """Returns every tensor that `shapes` declares, converted to `dtype`, contiguous, on the CPU, owned by the caller.
+class StoredWeights(Mapping[str, Tensor]):
+    """A model's tensors where they are stored, each read when it is asked for and kept by nobody but who asked.
 
-    Those that `own_dtypes` names are converted to that instead; integers must be stored as such, and only they may be.
-    Raises ModelNotFoundError for a missing file, ModelRefusedError, naming tensor and file, when the files hold
-    anything but exactly what is declared.
+    So a model can be packed part by part, without its weights ever being in memory twice. One thread at a time.
     """
-    names = weight_names(directory)
-    places = _check(directory, names, shapes, own_dtypes)
-    kept = {tensor: _OWN_DTYPES[own] for tensor, own in own_dtypes.items()}
-    weights: dict[str, Tensor] = {}
-    for name in names:
-        with safe_open(directory / name, framework="pt") as file:
-            for tensor in (tensor for tensor, place in places.items() if place == name):
-                stored = file.get_tensor(tensor)
-                weights[tensor] = torch.empty(stored.shape, dtype=kept.get(tensor, TORCH_DTYPES[dtype])).copy_(stored)
-    return weights
+
+    def __init__(
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        dtype: KVDtype,
+        own_dtypes: Mapping[str, OwnDtype] = _NO_OWN_DTYPES,
+    ) -> None:
+        """Opens the files of `directory` and checks that they hold exactly what `shapes` declares.
+
+        Tensors are converted to `dtype`; those that `own_dtypes` names are converted to that instead; integers must be
+        stored as such, and only they may be. Raises ModelNotFoundError for a missing file, ModelRefusedError, naming
+        tensor and file, when the files hold anything else.
+        """
+        names = weight_names(directory)
+        self._directory = directory
+        self._places = _check(directory, names, shapes, own_dtypes)
+        kept = {tensor: _OWN_DTYPES[own] for tensor, own in own_dtypes.items()}
+        self._dtypes = {tensor: kept.get(tensor, TORCH_DTYPES[dtype]) for tensor in self._places}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Returns a tensor, contiguous, on the CPU, owned by the caller. Raises KeyError for one that is not there."""
+        with safe_open(self._directory / self._places[name], framework="pt") as file:
+            stored = file.get_tensor(name)
+        return torch.empty(stored.shape, dtype=self._dtypes[name]).copy_(stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _check(

@@ -23,10 +23,11 @@ from kvtransfer.layout import KVLayout
 from kvtransfer.memory import PoolMemory
 from kvtransfer.ticket import TicketBook
 from kvtransfer.transport import KVExporter, export
+from staffetta.cache_dir import open_cache
 from staffetta.config.schema import WorkerConfig
+from staffetta.digest_memo import remembered_digest
 from staffetta.exits import DoesNotFitError, UsageError
 from staffetta.hashing import BlockHasher, key_fingerprint
-from staffetta.identity import model_digest
 from staffetta.v1 import common_pb2
 from staffetta.validate import Limits
 from worker.codec import layout_to_proto
@@ -109,7 +110,8 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
     """
     name, directory = demo.locate(config.model, config.served_model_name)
     model_config = ModelConfig.from_directory(directory)
-    digest = model_digest(directory)
+    cache = open_cache(config.cache_dir, model=directory)
+    digest = remembered_digest(directory, cache)
     layout = model_config.kv_layout(
         block_size=config.block_size, dtype=resolve_dtype(config.dtype), model_digest=digest
     )
@@ -127,6 +129,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
             threads=config.threads or len(os.sched_getaffinity(0)),
             device="cpu",
             quantization=config.quantization,
+            cache=cache,
         )
     except BackendUnavailableError as error:
         raise UsageError("NO_KERNELS", str(error), why="nothing else computes on a CPU", fix="make setup") from error

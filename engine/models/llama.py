@@ -4,7 +4,7 @@ It is written in a backend's operations over flat token rows; it knows no reques
 on, and no sampling.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,36 +52,81 @@ class _Layer(NamedTuple):
     down: Linear
 
 
+_EMBEDDING, _NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head"
+_INPUT_NORM, _POST_ATTENTION_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
+_LINEARS = ("qkv", "o", "gate_up", "down")
+
+
+def plain_tensors(config: ModelConfig) -> tuple[str, ...]:
+    """The tensors that the model uses as they are stored, by checkpoint name."""
+    layers = [
+        f"{_prefix(layer)}.{norm}" for layer in range(config.num_layers) for norm in (_INPUT_NORM, _POST_ATTENTION_NORM)
+    ]
+    return (_EMBEDDING, *layers, _NORM)
+
+
+def prepare_linears(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    backend: Backend,
+    *,
+    layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
+) -> Iterator[tuple[str, Linear]]:
+    """Prepares the model's linear layers one after the other, each with its name; keeps none, nor any of `weights`.
+
+    Linear layers that are int8 have their `…weight_scale` beside them, as `engine.compressed_tensors` declares.
+    `layers_stored` says how the layers' linear weights are multiplied; the head's are always as given.
+    """
+    for prefix in map(_prefix, range(config.num_layers)):
+        for name in _LINEARS:
+            yield f"{prefix}.{name}", _prepare(name, weights, prefix, backend, layers_stored)
+    yield _HEAD, backend.prepare_linear(weights[_EMBEDDING if config.tie_word_embeddings else f"{_HEAD}.weight"])
+
+
 class Llama:
     """One model's weights and the way through them. Immutable after construction; writes only the pages it is given."""
 
     def __init__(
-        self,
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], linears: Mapping[str, Linear], backend: Backend
+    ) -> None:
+        """Takes `tensors` as `plain_tensors` names them, all of one dtype, and `linears` as `prepare_linears` does."""
+        self._config = config
+        self._embedding = tensors[_EMBEDDING]
+        self._layers = [
+            _Layer(
+                input_norm=tensors[f"{prefix}.{_INPUT_NORM}"],
+                qkv=linears[f"{prefix}.qkv"],
+                o=linears[f"{prefix}.o"],
+                post_attention_norm=tensors[f"{prefix}.{_POST_ATTENTION_NORM}"],
+                gate_up=linears[f"{prefix}.gate_up"],
+                down=linears[f"{prefix}.down"],
+            )
+            for prefix in map(_prefix, range(config.num_layers))
+        ]
+        self._norm = tensors[_NORM]
+        self._head = linears[_HEAD]
+        # [max_position_embeddings, head_dim / 2], float32
+        self._cosines, self._sines = backend.rope_tables(
+            config.rope, head_dim=config.head_dim, num_positions=config.max_position_embeddings
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         backend: Backend,
         *,
         layers_stored: WeightFormat = WeightFormat.AS_GIVEN,
-    ) -> None:
-        """Takes `weights` as `tensor_shapes` names them, all of one dtype; linear layers are kept as the backend packs.
+    ) -> "Llama":
+        """The model of `weights` as `tensor_shapes` names them; see `prepare_linears`."""
+        linears = prepare_linears(config, weights, backend, layers_stored=layers_stored)
+        return cls(config, {name: weights[name] for name in plain_tensors(config)}, dict(linears), backend)
 
-        Linear layers that are int8 have their `…weight_scale` beside them, as `engine.compressed_tensors` declares.
-
-        `layers_stored` says how the layers' linear weights are multiplied; the head's are always as given.
-        """
-        self._config = config
-        self._embedding = weights["model.embed_tokens.weight"]
-        self._layers = [
-            _layer(weights, f"model.layers.{layer}", backend, layers_stored) for layer in range(config.num_layers)
-        ]
-        self._norm = weights["model.norm.weight"]
-        self._head = backend.prepare_linear(
-            self._embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-        )
-        # [max_position_embeddings, head_dim / 2], float32
-        self._cosines, self._sines = backend.rope_tables(
-            config.rope, head_dim=config.head_dim, num_positions=config.max_position_embeddings
-        )
+    @property
+    def dtype(self) -> torch.dtype:
+        """What rows between layers, keys and values are."""
+        return self._embedding.dtype
 
     def forward(self, ops: Operations, batch: Batch, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Computes all rows of `batch` and writes their keys and values into `pages`: a `kernels.backend.Definition`.
@@ -124,7 +169,13 @@ class Llama:
         return self._head(hidden.float())
 
 
-def _layer(weights: Mapping[str, Tensor], prefix: str, backend: Backend, stored: WeightFormat) -> _Layer:
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}"
+
+
+def _prepare(name: str, weights: Mapping[str, Tensor], prefix: str, backend: Backend, stored: WeightFormat) -> Linear:
+    """One of a layer's `_LINEARS`."""
+
     def linear(name: str) -> tuple[Tensor, Tensor | None]:
         return weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias")
 
@@ -132,27 +183,17 @@ def _layer(weights: Mapping[str, Tensor], prefix: str, backend: Backend, stored:
         found = weights.get(f"{prefix}.{name}.weight_scale")
         return None if found is None else found.flatten()
 
-    def prepare(name: str) -> Linear:
-        return backend.prepare_linear(*linear(name), stored=stored, scales=scales(name))
-
-    projections = [f"self_attn.{name}_proj" for name in "qkv"]
-    qkv, biases = zip(*map(linear, projections), strict=True)
-    gate, up = scales("mlp.gate_proj"), scales("mlp.up_proj")
-    return _Layer(
-        input_norm=weights[f"{prefix}.input_layernorm.weight"],
-        qkv=backend.prepare_linear(
-            torch.cat(qkv), _join(biases), stored=stored, scales=_join([scales(name) for name in projections])
-        ),
-        o=prepare("self_attn.o_proj"),
-        post_attention_norm=weights[f"{prefix}.post_attention_layernorm.weight"],
-        gate_up=backend.prepare_gated_linear(
-            linear("mlp.gate_proj"),
-            linear("mlp.up_proj"),
-            stored=stored,
-            scales=None if gate is None or up is None else (gate, up),
-        ),
-        down=prepare("mlp.down_proj"),
-    )
+    if name == "qkv":
+        projections = [f"self_attn.{each}_proj" for each in name]
+        joined, biases = zip(*map(linear, projections), strict=True)
+        scale = _join([scales(each) for each in projections])
+        return backend.prepare_linear(torch.cat(joined), _join(biases), stored=stored, scales=scale)
+    if name == "gate_up":
+        gate, up = scales("mlp.gate_proj"), scales("mlp.up_proj")
+        both = None if gate is None or up is None else (gate, up)
+        return backend.prepare_gated_linear(linear("mlp.gate_proj"), linear("mlp.up_proj"), stored=stored, scales=both)
+    full_name = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}[name]
+    return backend.prepare_linear(*linear(full_name), stored=stored, scales=scales(full_name))
 
 
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:

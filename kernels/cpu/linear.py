@@ -131,9 +131,9 @@ def pack(
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
     """16 rows of gate, 16 of up, and so on: both halves of a product in one panel. Padded with zeros."""
     half = PANEL // 2
-    padding = (0, 0, 0, -len(gate) % half)
-    blocks = [functional.pad(tensor, padding).view(-1, half, tensor.shape[1]) for tensor in (gate, up)]
-    return torch.stack(blocks, dim=1).flatten(0, 2)
+    missing = -len(gate) % half
+    padded = [functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor for tensor in (gate, up)]
+    return torch.stack([tensor.view(-1, half, tensor.shape[1]) for tensor in padded], dim=1).flatten(0, 2)
 
 
 class CpuPacking:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.model_config import ModelConfig
-from engine.models.llama import tensor_shapes
+from engine.models.llama import Llama, tensor_shapes
 from engine.request import SampledToken
 from engine.runner import ModelRunner
 from engine.step import Draw
@@ -119,7 +119,8 @@ def _make_runner(shape: Shape, backend: CpuBackend) -> ModelRunner:
         for name, size in tensor_shapes(config).items()
     }
     pool = memoryview(bytearray(layout.page_bytes * NUM_BLOCKS))
-    return ModelRunner(config, weights, backend, layout=layout, pool=pool, num_blocks=NUM_BLOCKS)
+    model = Llama.from_weights(config, weights, backend)
+    return ModelRunner(config, model, backend, layout=layout, pool=pool, num_blocks=NUM_BLOCKS)
 
 
 def _not_sampled(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tuple[SampledToken, ...]]:

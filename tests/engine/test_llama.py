@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from engine.batch import lay_out
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
-from engine.weights import load_weights
+from engine.weights import StoredWeights
 from kernels.backend import select
 from tests.engine.model_directory import BLOCK_SIZE, make_model_directory, make_runner, make_sampling, make_slice
 
@@ -45,7 +45,7 @@ def all_logits(directory: Path, token_ids: list[int]) -> Tensor:
     """Our logits at every position: one slice per prefix end, each writing the next token's KV."""
     config = ModelConfig.from_directory(directory)
     backend = select("cpu")
-    model = Llama(config, load_weights(directory, tensor_shapes(config), dtype="float32"), backend)
+    model = Llama.from_weights(config, StoredWeights(directory, tensor_shapes(config), dtype="float32"), backend)
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     pages = torch.zeros(num_blocks, config.num_kv_heads, config.num_layers, 2, BLOCK_SIZE, config.head_dim)
     rows = []

@@ -49,7 +49,7 @@ def make_model(
     config, (dtype, layers_stored) = ModelConfig.from_directory(directory), STORED[stored]
     weights = {name: tensor.to(dtype) for name, tensor in make_weights(directory).items()}
     shape = NUM_BLOCKS, config.num_kv_heads, config.num_layers, 2, BLOCK_SIZE, config.head_dim
-    return Llama(config, weights, backend, layers_stored=layers_stored), torch.zeros(shape, dtype=dtype)
+    return Llama.from_weights(config, weights, backend, layers_stored=layers_stored), torch.zeros(shape, dtype=dtype)
 
 
 def make_steps(random: Random) -> Iterator[Batch]:

@@ -11,7 +11,7 @@ from engine.models.llama import Llama, tensor_shapes
 from engine.request import SampledToken, SamplingParams
 from engine.runner import ModelRunner, load_runner
 from engine.step import BlockCopy, Score, SequenceSlice, SliceResult
-from engine.weights import load_weights
+from engine.weights import StoredWeights
 from kernels.backend import select
 from kvtransfer.layout import BlockId, KVLayout
 from tests.engine.model_directory import (
@@ -182,7 +182,7 @@ def test_logits_of_scored_rows_are_made_few_at_a_time(directory: Path, monkeypat
             return super().logits(hidden)
 
     monkeypatch.setattr("engine.runner._SCORED_ROWS", 5)
-    monkeypatch.setattr("engine.runner.Llama", Watched)
+    monkeypatch.setattr("engine.packed_weights.Llama", Watched)
     tiled = make_runner(directory).run((scored(0, len(PROMPT)), scored(0, 7, alternatives=0)))
     assert heights == [5, 5, 5, 5, 5, 5, 5, 1]
     assert tiled[0] == whole
@@ -277,12 +277,11 @@ def test_a_bad_slice_raises_and_the_others_can_be_run_again(directory: Path, nam
 
 def test_numbers_that_overflow_end_the_step_not_the_sampling(directory: Path) -> None:
     config = ModelConfig.from_directory(directory)
-    weights = load_weights(directory, tensor_shapes(config), dtype="float32")
+    weights = dict(StoredWeights(directory, tensor_shapes(config), dtype="float32"))
     weights["model.norm.weight"].fill_(float("inf"))
     pool = memoryview(bytearray(make_pool_bytes(directory)))
-    runner = ModelRunner(
-        config, weights, select("cpu"), layout=make_layout(directory), pool=pool, num_blocks=NUM_BLOCKS
-    )
+    model = Llama.from_weights(config, weights, select("cpu"))
+    runner = ModelRunner(config, model, select("cpu"), layout=make_layout(directory), pool=pool, num_blocks=NUM_BLOCKS)
     with pytest.raises(ArithmeticError, match="not finite"):
         prefill(runner)
 
@@ -307,7 +306,7 @@ def test_runner_states_what_it_is(directory: Path) -> None:
 
 
 def load_all(directory: Path) -> dict[str, torch.Tensor]:
-    return load_weights(directory, tensor_shapes(ModelConfig.from_directory(directory)), dtype="float32")
+    return dict(StoredWeights(directory, tensor_shapes(ModelConfig.from_directory(directory)), dtype="float32"))
 
 
 @pytest.mark.parametrize("size", [-1, 1])
@@ -318,16 +317,20 @@ def test_a_pool_of_the_wrong_size_is_refused(directory: Path, size: int) -> None
 
 def test_a_read_only_pool_a_foreign_layout_and_foreign_weights_are_refused(directory: Path, tmp_path: Path) -> None:
     config, weights, layout = ModelConfig.from_directory(directory), load_all(directory), make_layout(directory)
+
+    def make_model(weights: dict[str, torch.Tensor]) -> Llama:
+        return Llama.from_weights(config, weights, select("cpu"))
+
     read_only = memoryview(bytes(make_pool_bytes(directory)))
     with pytest.raises(ValueError, match="read-only: True"):
-        ModelRunner(config, weights, select("cpu"), layout=layout, pool=read_only, num_blocks=NUM_BLOCKS)
+        ModelRunner(config, make_model(weights), select("cpu"), layout=layout, pool=read_only, num_blocks=NUM_BLOCKS)
     other = make_layout(make_config_directory(tmp_path / "other", num_hidden_layers=2))
     with pytest.raises(ValueError, match="layout is"):
-        ModelRunner(config, weights, select("cpu"), layout=other, pool=memoryview(b""), num_blocks=0)
+        ModelRunner(config, make_model(weights), select("cpu"), layout=other, pool=memoryview(b""), num_blocks=0)
     narrow = {name: weight.bfloat16() for name, weight in weights.items()}
     pool = memoryview(bytearray(make_pool_bytes(directory)))
-    with pytest.raises(ValueError, match="weights are not float32"):
-        ModelRunner(config, narrow, select("cpu"), layout=layout, pool=pool, num_blocks=NUM_BLOCKS)
+    with pytest.raises(ValueError, match=r"weights are torch\.bfloat16, the layout is float32"):
+        ModelRunner(config, make_model(narrow), select("cpu"), layout=layout, pool=pool, num_blocks=NUM_BLOCKS)
 
 
 def test_threads_and_device_are_checked(directory: Path) -> None:

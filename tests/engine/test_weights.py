@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.model_config import ModelConfig
 from engine.models.llama import tensor_shapes
-from engine.weights import load_weights
+from engine.weights import StoredWeights
 from kvtransfer.layout import KVDtype
 from staffetta.exits import ModelNotFoundError
 from staffetta.identity import INDEX_NAME, ModelRefusedError
@@ -23,7 +23,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 def load(directory: Path, dtype: KVDtype = "float32") -> dict[str, Tensor]:
-    return load_weights(directory, tensor_shapes(ModelConfig.from_directory(directory)), dtype=dtype)
+    return dict(StoredWeights(directory, tensor_shapes(ModelConfig.from_directory(directory)), dtype=dtype))
 
 
 def make_shards(directory: Path, weights: dict[str, Tensor], places: dict[str, str]) -> None:
