@@ -73,7 +73,8 @@ def expected_tokens(request: Request, choice: int | None = None) -> tuple[Sample
     num_asked = len(history) - request.first_token_index
     tokens: list[SampledToken] = []
     for index in range(request.first_token_index, sampling.max_tokens):
-        counted = (tuple(history[:num_asked]), tuple(history[num_asked:])) if sampling.is_penalised else ((), ())
+        in_prompt = sorted(set(history[:num_asked])) if sampling.repetition_penalty != 1 else ()
+        counted = (tuple(in_prompt), tuple(history[num_asked:])) if sampling.is_penalised else ((), ())
         token = context.draw(Draw(sampling, index, (), *counted), request.choices[0] if choice is None else choice)
         tokens.append(token)
         if token.token_id in sampling.stop_token_ids:

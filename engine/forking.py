@@ -36,6 +36,7 @@ def _fork_of(parent: Sequence, choice: int) -> Sequence:
         num_recomputed_tokens=parent.num_recomputed_tokens,
         num_preemptions=parent.num_preemptions,
         max_computed_tokens=parent.max_computed_tokens,
+        prompt_ids=parent.prompt_ids,
         hashes=list(parent.hashes),
     )
     fork.token_ids.append(parent.first_tokens[choice].token_id)

@@ -107,6 +107,8 @@ class Sequence:
     """Its name in the queues."""
     order: OrderKey = field(init=False)
     """Who comes first: higher priority, then earlier arrival. Victims are taken from the other end."""
+    prompt_ids: tuple[int, ...] = ()
+    """What a repetition penalty counts of the prompt: the ids in it, rising. Made once, for all choices."""
     hashes: list[BlockHash] = field(default_factory=list)
     """The root of its chain, when that was asked for, and the hashes of its first full blocks so far."""
 
@@ -118,6 +120,8 @@ class Sequence:
         self.granted = dict.fromkeys(self.choices, 0)
         self.sequence_id = SequenceId(self.request.request_id, self.choices[0])
         self.order = (-self.request.priority, self.request.arrival, *self.sequence_id)
+        if self.request.sampling.repetition_penalty != 1 and not self.prompt_ids:
+            self.prompt_ids = tuple(sorted(set(self.token_ids[: self.num_asked_tokens])))
 
     @property
     def request_id(self) -> RequestId:

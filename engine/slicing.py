@@ -22,9 +22,8 @@ def _draw(sequence: Sequence) -> Draw:
     if not sampling.is_penalised:
         return Draw(sampling, sequence.next_output_index, sequence.choices)
     # What was generated before a restart counts as output, though it came with the prompt.
-    num_asked = sequence.num_asked_tokens
-    asked, generated = sequence.token_ids[:num_asked], sequence.token_ids[num_asked:]
-    return Draw(sampling, sequence.next_output_index, sequence.choices, tuple(asked), tuple(generated))
+    generated = tuple(sequence.token_ids[sequence.num_asked_tokens :])
+    return Draw(sampling, sequence.next_output_index, sequence.choices, sequence.prompt_ids, generated)
 
 
 def _score(sequence: Sequence, start: int, end: int) -> Score | None:

@@ -12,7 +12,7 @@ class Draw:
     """What the logits after a slice are for: one token for each of `choices`, at output position `output_index`.
 
     All choices share the logits; each has random numbers of its own. `prompt_token_ids` and `output_token_ids` are what
-    penalties count; both are empty unless `sampling.is_penalised`.
+    penalties count: of the prompt each id once, and only for a repetition penalty; of the output every token.
     """
 
     sampling: SamplingParams

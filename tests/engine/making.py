@@ -28,6 +28,7 @@ def make_sampling(
     num_logprobs: int | None = None,
     num_prompt_logprobs: int | None = None,
     presence_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> SamplingParams:
     return SamplingParams(
         temperature=0.0,
@@ -40,6 +41,7 @@ def make_sampling(
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
         presence_penalty=presence_penalty,
+        repetition_penalty=repetition_penalty,
     )
 
 

@@ -157,17 +157,25 @@ def test_a_restarted_choice_goes_on_with_its_own_draws() -> None:
 
 def test_penalties_are_given_the_prompt_and_what_was_generated_also_before_a_restart() -> None:
     engine, runner = make_recorded()
-    sampling = make_sampling(max_tokens=4, presence_penalty=0.5)
-    engine.add(make_request("a", (7, 8, 9), sampling=sampling, first_token_index=1))
+    sampling = make_sampling(max_tokens=4, repetition_penalty=1.5)
+    engine.add(make_request("a", (8, 7, 8, 9), sampling=sampling, first_token_index=1))
     engine.add(make_request("b", (7, 8, 9)))
     step_choices(engine)
     assert [each.draw for each in runner.slices] == [
         Draw(sampling, 1, (0,), (7, 8), (9,)),
         Draw(make_sampling(), 0, (0,)),
     ]
-    drawn = wanted(make_request("a", (7, 8, 9), sampling=sampling, first_token_index=1), 0)[0]
+    drawn = wanted(make_request("a", (8, 7, 8, 9), sampling=sampling, first_token_index=1), 0)[0]
     step_choices(engine)
     assert runner.slices[2].draw == Draw(sampling, 2, (0,), (7, 8), (9, drawn))
+
+
+def test_penalties_of_the_output_alone_are_not_given_the_prompt() -> None:
+    engine, runner = make_recorded()
+    sampling = make_sampling(max_tokens=4, presence_penalty=0.5)
+    engine.add(make_request("a", (7, 8, 9), sampling=sampling, first_token_index=1))
+    step_choices(engine)
+    assert runner.slices[0].draw == Draw(sampling, 1, (0,), (), (9,))
 
 
 def test_a_prefill_stays_one_sequence_and_has_one_output_with_all_first_tokens() -> None:
