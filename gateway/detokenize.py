@@ -1,12 +1,13 @@
 """Tokens to text as they come: whole characters only, and nothing beyond a stop string.
 
-`IncrementalDetokenizer` turns tokens into text deltas whose concatenation is the decoding of all tokens. `StopScanner`
+A `Detokenizer` turns tokens into text deltas whose concatenation is the decoding of all tokens. `StopScanner`
 takes those deltas and holds back whatever may be the beginning of a stop string. Both cost the same for the thousandth
 token as for the first. One instance per request; event loop only.
 """
 
+import codecs
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
 _MAX_INCOMPLETE: Final = 3
@@ -17,8 +18,39 @@ _MAX_WINDOW: Final = 16
 Decode = Callable[[Sequence[int]], str]
 
 
-class IncrementalDetokenizer:
-    """Decodes a growing list of tokens, a window at a time.
+class Detokenizer(Protocol):
+    """Decodes one choice's tokens."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before; often empty, never half a character."""
+
+    def flush(self) -> str:
+        """What was held back, with replacement characters for what is incomplete. Call once, at the end."""
+
+
+class ByteDetokenizer:
+    """Decodes tokens each of which stands for the same bytes wherever it stands; the text is those bytes in UTF-8.
+
+    Costs no more than the bytes. What is not UTF-8 becomes replacement characters, one for each longest beginning of a
+    character, as it does where all is decoded at once.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+        """`bytes_of` gives a token's bytes, none for a token without text."""
+        self._bytes_of = bytes_of
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now and was not before."""
+        return self._decoder.decode(self._bytes_of(token_id))
+
+    def flush(self) -> str:
+        """What was held back: the beginning of one character at most."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """Decodes a growing list of tokens with any decoder, a window at a time.
 
     A token's text may depend on its neighbours: characters span tokens, and many decoders treat the first token
     specially. So the window holds the tokens of the last complete piece as context, and those after it.

@@ -5,11 +5,11 @@ is an event of the stream.
 """
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Final, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -20,6 +20,7 @@ from gateway.event_stream import KEEP_ALIVE_S, ClientGoneError, EventStream
 from gateway.fields import parse_object
 from gateway.http_error import HttpError, error_body, error_response
 from gateway.journey import Journeys
+from gateway.json_text import long_to_json, to_json
 from gateway.openai_logprobs import Json
 from gateway.openai_request import ParsedRequest
 from gateway.openai_response import Shape, headers
@@ -102,7 +103,7 @@ class GenerateEndpoint:
                             deltas.append(event)
                         case Finished():
                             finished.append(event)
-            body = await self._made(parsed, lambda: _to_json(shape.whole(deltas, finished)))
+            body = await self._made(parsed, lambda: long_to_json(shape.whole(deltas, finished)))
             extra = headers(finished[-1]) | _ignored_header(parsed)
             response = Response(body, headers=extra, media_type="application/json")
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
@@ -118,7 +119,7 @@ class GenerateEndpoint:
                 aclosing(self._chunks(parsed, events, stream)) as chunks,
             ):
                 async for chunk in chunks:
-                    await stream.write(b"data: " + _to_json(chunk) + b"\n\n")
+                    await stream.write(b"data: " + chunk + b"\n\n")
         except ClientGoneError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
@@ -127,22 +128,23 @@ class GenerateEndpoint:
                 await error_response(logged)({"type": "http"}, _no_more_input, send)
                 return
             # No [DONE] after it: what came before is not a whole answer.
-            await stream.write(b"data: " + _to_json(error_body(logged)) + b"\n\n")
+            await stream.write(b"data: " + to_json(error_body(logged)) + b"\n\n")
         else:
             await stream.write(_DONE)
         await stream.end()
 
     async def _chunks(
         self, parsed: ParsedRequest, events: AsyncIterator[Event], stream: EventStream
-    ) -> AsyncGenerator[Json, None]:
-        """The events as chunks; the opening ones wait for the first output, so that a refusal can be an HTTP error."""
+    ) -> AsyncGenerator[bytes, None]:
+        """The events as encoded chunks; the opening ones wait for the first output: a refusal can be an HTTP error."""
         shape = await self._open(parsed, events)
         finished: list[Finished] = []
         is_open = False
         async for event in events:
             if isinstance(event, Delta | Finished) and not is_open:
                 is_open = True
-                for chunk in await self._made(parsed, shape.opening):
+                opening = shape.opening()
+                while (chunk := await self._made(parsed, partial(_next_json, opening))) is not None:
                     yield chunk
             match event:
                 case Placed():
@@ -155,9 +157,9 @@ class GenerateEndpoint:
                         yield news
                 case Finished():
                     finished.append(event)
-                    yield shape.finish(event)
+                    yield to_json(shape.finish(event))
         if parsed.has_usage_chunk:
-            yield shape.usage(finished)
+            yield to_json(shape.usage(finished))
 
     async def _made(self, parsed: ParsedRequest, make: Callable[[], T]) -> T:
         """What `make` returns; off the event loop where a prompt's log-probabilities make it long."""
@@ -234,5 +236,7 @@ def _logged(error: Exception, journey: JourneyRequest) -> Exception:
     return error
 
 
-def _to_json(value: Mapping[str, object]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+def _next_json(chunks: Iterator[Json]) -> bytes | None:
+    """The next chunk, encoded; None after the last."""
+    chunk = next(chunks, None)
+    return None if chunk is None else long_to_json(chunk)

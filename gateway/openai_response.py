@@ -7,14 +7,16 @@ servers of open models gave it.
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Final
 
+from gateway.json_text import to_json
 from gateway.openai_logprobs import Json, TextLogprobs, chat_logprobs, prompt_logprobs
 from gateway.openai_request import ParsedRequest
 from gateway.request import Delta, Finished, Placed, Started, TextPrompt
 from gateway.text import Text
+from gateway.text_chunks import TextChunks
 from staffetta.v1 import common_pb2
 
 DECODE_WORKER: Final = "staffetta-decode-worker"
@@ -34,25 +36,32 @@ class Shape(ABC):
         self._text = text
         self._head = head | {"model": started.model}
         self._prompt_tokens: list[common_pb2.Token] = []
+        self._has_token_news = self._has_logprobs or parsed.has_token_ids
+        self._text_chunks = TextChunks(lambda index, text: self._chunk(self._delta_choice(Delta(index, text, ()))))
 
     def place(self, placed: Placed) -> None:
         """Takes what names the worker's arithmetic: while it is the same, a seed repeats an answer to the bit."""
         self._head["system_fingerprint"] = placed.numerics_digest[:FINGERPRINT_CHARS]
+        self._text_chunks.forget()
 
     def score(self, tokens: Sequence[common_pb2.Token]) -> None:
         """Takes further prompt tokens with their log-probabilities; all come before any output."""
         self._prompt_tokens.extend(tokens)
 
     @abstractmethod
-    def opening(self) -> list[Json]:
-        """The chunks that open a stream, in the order of the choices; none where nothing precedes the output."""
+    def opening(self) -> Iterator[Json]:
+        """The chunks that open a stream, in the order of the choices; none where nothing precedes the output.
 
-    def delta(self, delta: Delta) -> Json | None:
-        """The chunk for new output; None while text is held back and nothing else was asked for."""
-        has_news = bool(delta.tokens) and (self._has_logprobs or self._parsed.has_token_ids)
-        if not self._parsed.has_output or not (delta.text or has_news):
+        Made one at a time: with a prompt's log-probabilities each is long.
+        """
+
+    def delta(self, delta: Delta) -> bytes | None:
+        """The chunk for new output, encoded; None while text is held back and nothing else was asked for."""
+        if not self._parsed.has_output:
             return None
-        return self._chunk(self._delta_choice(delta))
+        if self._has_token_news and delta.tokens:
+            return to_json(self._chunk(self._delta_choice(delta)))
+        return self._text_chunks.encode(delta.choice_index, delta.text) if delta.text else None
 
     def finish(self, finished: Finished) -> Json:
         """The chunk that ends a choice, with what this server tells beyond the API."""
@@ -136,13 +145,12 @@ class ChatShape(Shape):
         head: Json = {"id": f"chatcmpl-{started.id}", "object": kind, "created": created}
         super().__init__(parsed, started, text, head=head)
 
-    def opening(self) -> list[Json]:
+    def opening(self) -> Iterator[Json]:
         """The chunks that open each choice with the role."""
         delta: Json = {"role": "assistant", "content": ""}
-        return [
-            self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}) | self._about_prompt
-            for index in range(self._num_choices)
-        ]
+        for index in range(self._num_choices):
+            choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._chunk(choice) | self._about_prompt
 
     def whole(self, deltas: Sequence[Delta], finished: Sequence[Finished]) -> Json:
         """The answer in one piece; the prompt is not a choice's."""
@@ -179,14 +187,12 @@ class CompletionShape(Shape):
         num_top = parsed.sampling.logprobs or 0
         self._lists = [TextLogprobs(text, num_top=num_top) for _ in range(self._num_choices)]
 
-    def opening(self) -> list[Json]:
+    def opening(self) -> Iterator[Json]:
         """What there is of the prompt: its text and log-probabilities to echo, its token ids."""
         if not self._parsed.has_echo and not self._parsed.has_token_ids:
-            return []
-        return [
-            self._chunk(self._choice(self._echo(index)) | {"finish_reason": None} | self._about_prompt)
-            for index in range(self._num_choices)
-        ]
+            return
+        for index in range(self._num_choices):
+            yield self._chunk(self._choice(self._echo(index)) | {"finish_reason": None} | self._about_prompt)
 
     def _delta_choice(self, delta: Delta) -> Json:
         return self._choice(delta) | {"finish_reason": None} | self._ids(delta.tokens)

@@ -44,6 +44,8 @@ class Progress:
 
     async def within_deadline(self, awaitable: Awaitable[T], phase: str) -> T:
         """Awaits, for no longer than the deadline allows. Raises DeadlineError that names the phase."""
+        if self.deadline is None:
+            return await awaitable
         try:
             async with asyncio.timeout_at(self.deadline):
                 return await awaitable

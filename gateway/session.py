@@ -5,6 +5,7 @@ however it ends, every request on it ends with WorkerLostError. Event loop only.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import grpc.aio
@@ -29,7 +30,9 @@ class RequestStream:
     def __init__(self, session: "DecodeSession", request_id: str, *, num_choices: int) -> None:
         self._session = session
         self._request_id = request_id
-        self._events: asyncio.Queue[decode_pb2.SequenceEvent | StaffettaError] = asyncio.Queue()
+        self._events: deque[decode_pb2.SequenceEvent | StaffettaError] = deque()
+        self._arrival: asyncio.Future[None] | None = None
+        """What the one reader waits for, or last waited for."""
         self.num_running = num_choices
         """Choices that the worker has not ended."""
 
@@ -49,7 +52,11 @@ class RequestStream:
 
     async def next(self) -> decode_pb2.SequenceEvent:
         """The next event. Raises what ended the request: WorkerLostError, or the failure that the worker reported."""
-        event = await self._events.get()
+        # While there is anything, no task switch; and however much comes in one step, one wake.
+        while not self._events:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        event = self._events.popleft()
         if isinstance(event, StaffettaError):
             raise event
         if event.finish_reason == common_pb2.FINISH_REASON_ERROR:
@@ -80,7 +87,9 @@ class RequestStream:
             self.num_running = 0
         elif event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
             self.num_running = max(0, self.num_running - 1)
-        self._events.put_nowait(event)
+        self._events.append(event)
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
 
 
 class DecodeSession:

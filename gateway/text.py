@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel
 
-from gateway.detokenize import IncrementalDetokenizer
+from gateway.detokenize import ByteDetokenizer, Detokenizer, WindowDetokenizer
 from gateway.template import ChatTemplate, Message
 
 _BYTE_FALLBACK: Final = re.compile(r"<0x([0-9A-F]{2})>")
@@ -30,7 +31,7 @@ class _Occurrence(NamedTuple):
 
 
 class Text:
-    """One model's tokenizer and chat template. Immutable after construction; any thread may call."""
+    """One model's tokenizer and chat template. Any thread may call: all that changes is a cache of tokens' bytes."""
 
     def __init__(self, tokenizer_path: Path, template: ChatTemplate | None) -> None:
         """`template` None: the model has no chat. Raises whatever the tokenizer raises for a file that is not one."""
@@ -44,6 +45,7 @@ class Text:
         self._silent_ids = frozenset(self._special_ids.values())
         self._special_pattern = _pattern([token for token in added.values() if token.special])
         self._bytes_of_char = byte_alphabet() if _has_byte_alphabet(self._tokenizer) else None
+        self._output_bytes: dict[int, bytes] = {}
 
     @property
     def has_chat(self) -> bool:
@@ -79,9 +81,12 @@ class Text:
         """The text of `token_ids`; special tokens have none, incomplete characters become U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def detokenizer(self) -> IncrementalDetokenizer:
-        """A decoder for one request's tokens as they come."""
-        return IncrementalDetokenizer(self.decode, self.is_special)
+    def detokenizer(self) -> Detokenizer:
+        """A decoder for one choice's tokens as they come."""
+        # This decoder joins the bytes of the tokens and knows nothing of their neighbours; others do.
+        if self._bytes_of_char is not None and isinstance(self._tokenizer.decoder, ByteLevel):
+            return ByteDetokenizer(self._bytes_in_output)
+        return WindowDetokenizer(self.decode, self.is_special)
 
     def is_special(self, token_id: int) -> bool:
         """Whether an id has no text of its own where it stands between others."""
@@ -105,6 +110,14 @@ class Text:
         if match := _BYTE_FALLBACK.fullmatch(token):
             return bytes([int(match[1], 16)])
         return token.replace(_WORD_START, " ").encode()
+
+    def _bytes_in_output(self, token_id: int) -> bytes:
+        """What a token adds to an output: nothing where it is special."""
+        found = self._output_bytes.get(token_id)
+        if found is None:
+            found = b"" if self.is_special(token_id) else self.token_bytes(token_id)
+            self._output_bytes[token_id] = found
+        return found
 
     def _find(self, text: str) -> list[_Occurrence]:
         if self._special_pattern is None:

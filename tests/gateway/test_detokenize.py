@@ -1,22 +1,52 @@
 """Incremental text: equal to decoding at once, whatever the tokens; stop strings found wherever the text is cut."""
 
+import json
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.detokenize import IncrementalDetokenizer, Scan, StopScanner
+import demo
+from gateway.detokenize import ByteDetokenizer, Detokenizer, Scan, StopScanner, WindowDetokenizer
+from gateway.text import Text
 from tests.gateway.running import demo_model, ids_of
 
 TOKEN_IDS = st.integers(0, 1100)
 """All of the vocabulary, special tokens and ids without a token included."""
 
 
-def stream(token_ids: list[int]) -> list[str]:
+def byte_detokenizer() -> Detokenizer:
+    """What the embedded model's tokenizer gets."""
+    return demo_model().text.detokenizer()
+
+
+def window_detokenizer() -> Detokenizer:
+    """What works with any tokenizer."""
+    return WindowDetokenizer(demo_model().text.decode, demo_model().text.is_special)
+
+
+BOTH = pytest.mark.parametrize("make", [byte_detokenizer, window_detokenizer])
+
+
+def stream(token_ids: list[int], make: Callable[[], Detokenizer] = byte_detokenizer) -> list[str]:
     """The deltas of `token_ids`, what is flushed at the end last."""
-    detokenizer = demo_model().text.detokenizer()
+    detokenizer = make()
     return [*map(detokenizer.push, token_ids), detokenizer.flush()]
+
+
+def test_a_tokenizer_gets_bytes_only_where_its_decoder_joins_bytes(tmp_path: Path) -> None:
+    assert isinstance(byte_detokenizer(), ByteDetokenizer)
+    source = json.loads((demo.locate("demo")[1] / "tokenizer.json").read_text())
+    source["decoder"] = {
+        "type": "Sequence",
+        "decoders": [source["decoder"], {"type": "Replace", "pattern": {"String": "ab"}, "content": "c"}],
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(source))
+    assert isinstance(Text(path, None).detokenizer(), WindowDetokenizer)
 
 
 def scan_pieces(stops: list[str], pieces: list[str]) -> Scan:
@@ -31,19 +61,23 @@ def scan_pieces(stops: list[str], pieces: list[str]) -> Scan:
     return Scan(out + scanner.flush(), None)
 
 
+@BOTH
 @given(st.lists(TOKEN_IDS, max_size=60))
-@settings(max_examples=300, deadline=None)
-def test_deltas_concatenate_to_the_decoding_of_all_tokens(token_ids: list[int]) -> None:
-    assert "".join(stream(token_ids)) == demo_model().text.decode(token_ids)
+@settings(max_examples=200, deadline=None)
+def test_deltas_concatenate_to_the_decoding_of_all_tokens(
+    make: Callable[[], Detokenizer], token_ids: list[int]
+) -> None:
+    assert "".join(stream(token_ids, make)) == demo_model().text.decode(token_ids)
 
 
 BYTE_TOKENS = [token_id for token_id in range(1024) if len(demo_model().text.token_bytes(token_id)) == 1]
 
 
+@BOTH
 @given(st.lists(st.sampled_from(BYTE_TOKENS), max_size=60))
-@settings(max_examples=300, deadline=None)
-def test_arbitrary_bytes_decode_as_they_would_at_once(token_ids: list[int]) -> None:
-    assert "".join(stream(token_ids)) == demo_model().text.decode(token_ids)
+@settings(max_examples=200, deadline=None)
+def test_arbitrary_bytes_decode_as_they_would_at_once(make: Callable[[], Detokenizer], token_ids: list[int]) -> None:
+    assert "".join(stream(token_ids, make)) == demo_model().text.decode(token_ids)
 
 
 @given(st.text(max_size=40))
@@ -55,12 +89,14 @@ def test_no_delta_of_whole_text_holds_part_of_a_character(text: str) -> None:
         assert not any("\N{REPLACEMENT CHARACTER}" in delta for delta in deltas)
 
 
-def test_a_character_of_four_tokens_comes_out_with_its_last() -> None:
-    assert stream(ids_of("\N{GRINNING FACE}!")) == ["", "", "", "\N{GRINNING FACE}", "!", ""]
+@BOTH
+def test_a_character_of_four_tokens_comes_out_with_its_last(make: Callable[[], Detokenizer]) -> None:
+    assert stream(ids_of("\N{GRINNING FACE}!"), make) == ["", "", "", "\N{GRINNING FACE}", "!", ""]
 
 
-def test_an_incomplete_character_is_held_until_the_flush() -> None:
-    assert stream(ids_of("a\N{GRINNING FACE}")[:-1]) == ["a", "", "", "", "\N{REPLACEMENT CHARACTER}"]
+@BOTH
+def test_an_incomplete_character_is_held_until_the_flush(make: Callable[[], Detokenizer]) -> None:
+    assert stream(ids_of("a\N{GRINNING FACE}")[:-1], make) == ["a", "", "", "", "\N{REPLACEMENT CHARACTER}"]
 
 
 def test_special_tokens_have_no_text() -> None:
@@ -80,7 +116,7 @@ def test_endless_malformed_or_silent_tokens_do_not_grow_the_window(token_id: int
         longest = max(longest, len(token_ids))
         return demo_model().text.decode(token_ids)
 
-    detokenizer = IncrementalDetokenizer(decode, lambda token: token < 6 or token >= 1024)
+    detokenizer = WindowDetokenizer(decode, lambda token: token < 6 or token >= 1024)
     text = "".join(detokenizer.push(token_id) for _ in range(400)) + detokenizer.flush()
     assert text == demo_model().text.decode([token_id] * 400)
     assert longest <= 40
