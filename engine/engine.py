@@ -20,6 +20,7 @@ from engine.cache.source import KVSource
 from engine.counts import EngineCounts, count
 from engine.forking import fork
 from engine.live import LiveSequences
+from engine.pacing import MeasuredStep, StepPacer
 from engine.planning import EngineLimits, StepPlan
 from engine.reporting import choice_output, first_outputs, prefill_output
 from engine.request import FinishReason, Request, RequestId, RequestKind, SequenceOutput, StepOutput
@@ -55,6 +56,9 @@ class Engine:
         self._pool = BlockPool(num_blocks)
         self._prefix = PrefixCache(self._pool) if limits.prefix_caching else DisabledPrefixCache(self._pool)
         self._scheduler = Scheduler(self._pool, self._prefix, limits, clock=clock)
+        self._pacer = StepPacer(
+            max_slowdown=limits.max_slowdown, block_size=hasher.block_size, max_tokens=limits.max_batch_tokens
+        )
         self._awaiting: AwaitingSequences | None = None
         if source is not None:
             self._awaiting = AwaitingSequences(source, self._scheduler, self._pool, self._prefix)
@@ -183,7 +187,10 @@ class Engine:
         """
         while True:
             num_granted = 0 if self._awaiting is None else self._awaiting.num_granted
-            plan = self._scheduler.schedule(self._scheduler.snapshot(num_granted=num_granted))
+            snapshot = self._scheduler.snapshot(
+                num_granted=num_granted, num_prompt_tokens=self._pacer.num_prompt_tokens
+            )
+            plan = self._scheduler.schedule(snapshot)
             if plan.slices or plan.leases or not plan.preempted:
                 return plan
             self._scheduler.apply(plan)
@@ -197,7 +204,9 @@ class Engine:
             return []
         try:
             failpoint.hit("engine.step")
+            began = self._clock()
             outcomes = self._run(slices)
+            self._pacer.observe(MeasuredStep.of(slices, self._clock() - began))
         except BaseException:
             self._scheduler.rollback()
             raise

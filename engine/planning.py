@@ -6,6 +6,7 @@ go first to sequences that run, then to those that wait, first come first served
 whoever waits for blocks.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from kvtransfer.layout import BlockId
 class EngineLimits:
     """Bounds of an engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once.
 
-    `max_requests` counts choices: a request for three of them is three.
+    `max_requests` counts choices: a request for three of them is three. `max_slowdown` is how many times as long a step
+    that generates may take for the prompt tokens in it; see `engine.pacing`.
     """
 
     max_model_len: int
@@ -28,6 +30,7 @@ class EngineLimits:
     max_sequences: int
     max_requests: int
     prefix_caching: bool
+    max_slowdown: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_batch_tokens", "max_sequences", "max_requests"):
@@ -76,13 +79,15 @@ class Snapshot:
     """What a plan is made from. Sequences, pool and prefix cache are only read.
 
     `running` and `waiting` are in order; `waiting` holds sequences to compute here (WAITING) and such whose KV waits
-    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run.
+    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run. In a step in which a stream gets its
+    next token, at most `num_prompt_tokens` are computed of sequences that have more to compute than one.
     """
 
     limits: EngineLimits
     running: tuple[Sequence, ...]
     waiting: tuple[Sequence, ...]
     num_granted: int
+    num_prompt_tokens: int
     num_held_tokens: dict[SequenceId, int]
     pool: BlockPool
     prefix: PrefixCache
@@ -129,6 +134,8 @@ class _Planner:
         for sequence in computable:
             if sequence.num_pending_tokens == 1:
                 self._continue(sequence)
+        if any(not sequence.is_prefill and sequence.sequence_id in self._slices for sequence in computable):
+            self._num_tokens_left = min(self._num_tokens_left, self._snapshot.num_prompt_tokens)
         for sequence in computable:
             if sequence.num_pending_tokens > 1:
                 self._continue(sequence)

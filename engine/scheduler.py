@@ -86,13 +86,14 @@ class Scheduler:
         self._queued.pop(sequence.sequence_id, None)
         self._num_held_tokens.pop(sequence.sequence_id, None)
 
-    def snapshot(self, *, num_granted: int) -> Snapshot:
+    def snapshot(self, *, num_granted: int, num_prompt_tokens: int) -> Snapshot:
         """What `schedule` decides from."""
         return Snapshot(
             limits=self._limits,
             running=tuple(self._running),
             waiting=tuple(self._waiting),
             num_granted=num_granted,
+            num_prompt_tokens=num_prompt_tokens,
             num_held_tokens=self._num_held_tokens,
             pool=self._pool,
             prefix=self._prefix,

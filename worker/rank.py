@@ -78,6 +78,7 @@ class Rank:
                 max_sequences=config.max_sequences,
                 max_requests=config.max_requests,
                 prefix_caching=config.prefix_caching,
+                max_slowdown=config.max_slowdown,
             ),
             source=source,
         )

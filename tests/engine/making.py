@@ -1,5 +1,7 @@
 """Makes requests and engines for tests, and drives engines to the end."""
 
+import math
+
 from engine.engine import Engine, EngineLimits
 from engine.fake import FakeRunner, FakeSource
 from engine.request import (
@@ -85,6 +87,7 @@ def make_limits(
     max_sequences: int = 8,
     max_requests: int = 100,
     prefix_caching: bool = True,
+    max_slowdown: float = math.inf,
 ) -> EngineLimits:
     return EngineLimits(
         max_model_len=max_model_len,
@@ -92,6 +95,7 @@ def make_limits(
         max_sequences=max_sequences,
         max_requests=max_requests,
         prefix_caching=prefix_caching,
+        max_slowdown=max_slowdown,
     )
 
 

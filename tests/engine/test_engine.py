@@ -324,12 +324,22 @@ def test_counts_are_read_from_what_they_describe() -> None:
 
 
 def test_durations_come_from_the_clock_and_decide_nothing() -> None:
-    now = iter(range(0, 10**6, 5))
-    runner = FakeRunner(block_size=BLOCK_SIZE)
-    engine = Engine(runner, num_blocks=8, hasher=make_hasher(), limits=make_limits(), clock=lambda: float(next(now)))
+    now = 0.0
+
+    class SlowRunner(FakeRunner):
+        """Takes five seconds for a step."""
+
+        def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+            nonlocal now
+            now += 5.0
+            return super().run(slices)
+
+    runner = SlowRunner(block_size=BLOCK_SIZE)
+    engine = Engine(runner, num_blocks=8, hasher=make_hasher(), limits=make_limits(), clock=lambda: now)
     engine.add(make_request("a", sampling=make_sampling(max_tokens=2)))
+    now += 3.0
     stats = run_to_end(engine)["a"][-1].stats
-    assert stats is not None and (stats.queue_s, stats.prefill_s) == (5.0, 5.0)
+    assert stats is not None and (stats.queue_s, stats.prefill_s) == (3.0, 5.0)
     assert (stats.num_local_prompt_tokens, stats.num_recomputed_tokens) == (6, 0)
 
 

@@ -250,7 +250,7 @@ class Books:
         return sequence
 
     def plan(self) -> StepPlan:
-        return self.scheduler.schedule(self.scheduler.snapshot(num_granted=0))
+        return self.scheduler.schedule(self.scheduler.snapshot(num_granted=0, num_prompt_tokens=64))
 
     def commit(self, outcomes: list[SliceOutcome]) -> None:
         for sequence, outcome in self.scheduler.commit(outcomes):

@@ -73,6 +73,12 @@ class WorkerConfig(ModelConfig):
     kv_memory: int = setting(64 * 2**20, "bytes for the KV pool when num_blocks is 0", form="bytes")
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
+    max_slowdown: float = setting(
+        2.0,
+        "times as long as a step that only generates that one may take which computes prompt tokens as well; "
+        "a prompt then waits at most s / (s - 1) times as long",
+        minimum=1,
+    )
     max_requests: int = setting(
         1024, "choices held at once, of requests running and waiting; beyond it requests are refused", minimum=1
     )
@@ -169,6 +175,12 @@ class ServeConfig(ModelConfig):
     kv_memory: int = setting(64 * 2**20, "bytes for each worker's KV pool when num_blocks is 0", form="bytes")
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
+    max_slowdown: float = setting(
+        2.0,
+        "times as long as a step that only generates that one may take which computes prompt tokens as well; "
+        "a prompt then waits at most s / (s - 1) times as long",
+        minimum=1,
+    )
     transports: tuple[Literal["shm", "tcp"], ...] = setting(("shm", "tcp"), "transports to offer and use")
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     drain_s: float = setting(10.0, "seconds that running requests get to finish after Ctrl-C")

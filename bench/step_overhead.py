@@ -1,0 +1,154 @@
+"""What a step costs besides computing it: `python -m bench.step_overhead`.
+
+An engine whose runner answers at once goes through its queues with so many streams, and a decode worker's event loop
+turns every output into the message that a gateway gets. Processor time of the one thread that does it, per step, beside
+what a step of a model costs: `--step-ms` names that.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from bench.table import format_table
+from decode_svc.active import ActiveRequest, GatewaySession
+from decode_svc.handoff import HandoffRecord
+from engine.engine import Engine, EngineLimits
+from engine.request import Request, RequestId, RequestKind, SampledToken, SamplingParams, SequenceOutput, StepOutput
+from engine.step import SequenceSlice, SliceResult
+from staffetta.hashing import BlockHasher
+from staffetta.v1 import decode_pb2
+
+T = TypeVar("T")
+
+_BLOCK_SIZE: Final = 16
+_PROMPT_TOKENS: Final = 128
+_WARM_UP_STEPS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Microseconds of processor time per step: medians."""
+
+    batch: int
+    engine_us: float
+    """Planning, applying, committing, reporting."""
+    message_us: float
+    """From an output to the bytes for the gateway."""
+
+
+class InstantRunner:
+    """The `engine.step.Runner` that computes nothing: every draw is token 1."""
+
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+        """One token for every draw."""
+        return [
+            SliceResult() if part.draw is None else SliceResult((SampledToken(part.draw.output_index, 1),))
+            for part in slices
+        ]
+
+
+def measure_overhead(batch: int, *, num_steps: int) -> Overhead:
+    """Measures steps of `batch` streams that all go on."""
+    engine = _make_engine(batch, num_steps=num_steps + _WARM_UP_STEPS)
+    for _ in range(_WARM_UP_STEPS):
+        engine.step()
+    engine_us: list[float] = []
+    message_us: list[float] = []
+    encoder = _Encoder(batch)
+    for _ in range(num_steps):
+        output, elapsed_us = _timed(engine.step)
+        if output is None or len(output.outputs) != batch:
+            raise RuntimeError(f"a step of {batch} streams brought {output}")
+        engine_us.append(elapsed_us)
+        _, elapsed_us = _timed(lambda output=output: encoder.encode(output))  # type: ignore[misc]
+        message_us.append(elapsed_us)
+    return Overhead(batch, statistics.median(engine_us), statistics.median(message_us))
+
+
+class _Encoder:
+    """The last part of `decode_svc.servicer`, without a stream at its end."""
+
+    def __init__(self, batch: int) -> None:
+        self._active: dict[RequestId, ActiveRequest] = {}
+        session = GatewaySession("session", "gateway", _NoPipe())  # type: ignore[arg-type]
+        for number in range(batch):
+            start = decode_pb2.StartRequest(request_id=_name(number))
+            self._active[_name(number)] = ActiveRequest(session, start, (0,), HandoffRecord(), "decode-0", 0.0)
+
+    def encode(self, output: StepOutput) -> bytes:
+        events = [self._event(news) for news in output.outputs]
+        step = decode_pb2.StepEvents(events=[event for event in events if event is not None])
+        return decode_pb2.DecodeSessionResponse(step=step).SerializeToString()
+
+    def _event(self, news: SequenceOutput) -> decode_pb2.SequenceEvent | None:
+        active = self._active[news.request_id]
+        return None if active.contradicts(news) else active.take(news)
+
+
+class _NoPipe:
+    """Takes nothing: events are encoded here."""
+
+
+def _make_engine(batch: int, *, num_steps: int) -> Engine:
+    num_blocks = batch * -(-(_PROMPT_TOKENS + num_steps + 1) // _BLOCK_SIZE)
+    engine = Engine(
+        InstantRunner(),
+        num_blocks=num_blocks,
+        hasher=BlockHasher(b"k" * 16, block_size=_BLOCK_SIZE),
+        limits=EngineLimits(
+            max_model_len=_PROMPT_TOKENS + num_steps + 1,
+            max_batch_tokens=batch * _PROMPT_TOKENS,
+            max_sequences=batch,
+            max_requests=batch,
+            prefix_caching=True,
+        ),
+    )
+    sampling = SamplingParams(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=0,
+        max_tokens=num_steps + 1,
+        min_tokens=0,
+        stop_token_ids=frozenset(),
+        num_logprobs=None,
+    )
+    for number in range(batch):
+        prompt = tuple(range(number, number + _PROMPT_TOKENS))
+        engine.add(Request(_name(number), RequestKind.GENERATE, prompt, sampling, arrival=number))
+    return engine
+
+
+def _name(number: int) -> RequestId:
+    return RequestId(f"{number:032x}")
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    began = time.thread_time_ns()
+    result = work()
+    return result, (time.thread_time_ns() - began) / 1e3
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="streams in a step")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--step-ms", type=float, help="what a model's step takes, to compare with")
+    options = parser.parse_args(argv)
+    rows = []
+    for batch in options.batches:
+        found = measure_overhead(batch, num_steps=options.steps)
+        total_us = found.engine_us + found.message_us
+        share = total_us / options.step_ms / 10 if options.step_ms else None
+        rows.append([batch, found.engine_us, found.message_us, total_us / batch, share])
+    print(format_table(("streams", "engine µs", "message µs", "µs/token", "% of a step"), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""The budget of prompt tokens beside streams: what it settles at, how it gets there, and that nothing else depends on
+it. Steps take as long as a model of a machine says; no test waits for anything."""
+
+import math
+import random
+import statistics
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.engine import Engine
+from engine.fake import FakeRunner, expected_tokens
+from engine.pacing import MeasuredStep, StepPacer
+from engine.request import Request
+from engine.step import SequenceSlice, SliceResult
+from tests.engine.making import BLOCK_SIZE, make_hasher, make_limits, make_prefill, make_request, make_sampling
+
+Machine = Callable[[int, int], float]
+"""Seconds of a step with so many streams and so many prompt tokens."""
+
+
+def make_machine(*, weights_s: float, row_s: float) -> Machine:
+    """Reads the weights once and computes every row: a step takes whichever lasts longer."""
+    return lambda num_generating, num_prompt_tokens: max(weights_s, row_s * (num_generating + num_prompt_tokens))
+
+
+SMALL = make_machine(weights_s=0.040, row_s=0.0044)
+"""Two cores and 0.5 B parameters in bfloat16: 40 ms for the weights, 4.4 ms a row."""
+QUICK = make_machine(weights_s=0.010, row_s=0.0001)
+
+
+def linear(num_generating: int, num_prompt_tokens: int) -> float:
+    """10 ms, and a millisecond for every prompt token."""
+    return 0.010 + 0.001 * num_prompt_tokens
+
+
+def make_pacer(*, max_slowdown: float = 2.0, max_tokens: int = 512) -> StepPacer:
+    return StepPacer(max_slowdown=max_slowdown, block_size=16, max_tokens=max_tokens)
+
+
+def generate(pacer: StepPacer, machine: Machine, *, num_generating: int = 1, num_steps: int = 1) -> None:
+    """Steps that only generate."""
+    for _ in range(num_steps):
+        pacer.observe(MeasuredStep(num_generating, 0, machine(num_generating, 0)))
+
+
+def mix(pacer: StepPacer, machine: Machine, *, num_generating: int = 1, num_steps: int = 1) -> list[float]:
+    """Steps that use the whole budget; what they took."""
+    durations = []
+    for _ in range(num_steps):
+        num_tokens = pacer.num_prompt_tokens
+        durations.append(machine(num_generating, num_tokens))
+        pacer.observe(MeasuredStep(num_generating, num_tokens, durations[-1]))
+    return durations
+
+
+def budgets(pacer: StepPacer, machine: Machine, *, num_steps: int, num_generating: int = 1) -> list[int]:
+    """The budget after each of so many steps that use all of it."""
+    found = []
+    for _ in range(num_steps):
+        mix(pacer, machine, num_generating=num_generating)
+        found.append(pacer.num_prompt_tokens)
+    return found
+
+
+def test_the_first_step_beside_streams_takes_one_block_of_a_prompt() -> None:
+    pacer = make_pacer()
+    assert pacer.num_prompt_tokens == 16
+    generate(pacer, QUICK)
+    assert pacer.num_prompt_tokens == 16
+
+
+def test_a_budget_climbs_to_what_a_step_may_take() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    assert budgets(pacer, linear, num_steps=30) == [32, 48, 64, *[80] * 27]
+    assert linear(1, 80) == pytest.approx(9.0 * linear(1, 0))
+
+
+def test_rungs_are_a_quarter_of_their_size_apart_and_end_at_what_a_step_may_compute() -> None:
+    pacer = make_pacer(max_tokens=250)
+    machine = make_machine(weights_s=1.0, row_s=0.0)
+    generate(pacer, machine)
+    assert budgets(pacer, machine, num_steps=14) == [32, 48, 64, 80, 96, 112, 128, 160, 192, 240, 240, 240, 240, 240]
+
+
+def test_a_budget_is_one_block_where_even_that_takes_too_long() -> None:
+    pacer = make_pacer(max_slowdown=1.0)
+    generate(pacer, linear)
+    assert budgets(pacer, linear, num_steps=4) == [16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("max_slowdown", [1.5, 2.0, 3.0, 8.0])
+@pytest.mark.parametrize("num_generating", [1, 5, 16, 64])
+@pytest.mark.parametrize("machine", [SMALL, QUICK, linear])
+def test_on_every_machine_the_budget_rests_but_for_one_step_in_128(
+    max_slowdown: float, num_generating: int, machine: Machine
+) -> None:
+    pacer = make_pacer(max_slowdown=max_slowdown)
+    generate(pacer, machine, num_generating=num_generating)
+    allowed_s = max_slowdown * machine(num_generating, 0) + 1e-9
+    budgets(pacer, machine, num_steps=60, num_generating=num_generating)
+    found = budgets(pacer, machine, num_steps=512, num_generating=num_generating)
+    rest = statistics.mode(found)
+    assert sum(budget != rest for budget in found) <= 4
+    assert rest == 16 or machine(num_generating, rest) <= allowed_s
+    assert rest == 512 or machine(num_generating, max(rest + 16, rest * 5 // 4)) > allowed_s - 2e-9
+
+
+@pytest.mark.parametrize("max_slowdown", [2.0, 3.0, 8.0])
+@pytest.mark.parametrize("machine", [SMALL, QUICK, linear])
+def test_no_step_on_the_way_takes_much_more_than_it_may(max_slowdown: float, machine: Machine) -> None:
+    pacer = make_pacer(max_slowdown=max_slowdown)
+    generate(pacer, machine)
+    allowed_s = max(machine(1, 16), 1.25 * max_slowdown * machine(1, 0))
+    assert max(mix(pacer, machine, num_steps=500)) <= allowed_s
+
+
+def test_a_budget_that_took_too_long_is_tried_again_after_128_steps() -> None:
+    # 120 ms are allowed. 16 tokens take 75 and add 35, so 32 seem to fit; they take 145.
+    pacer = make_pacer(max_slowdown=3.0)
+    generate(pacer, SMALL)
+    assert budgets(pacer, SMALL, num_steps=131) == [32, *[16] * 128, 32, 16]
+
+
+def test_a_budget_that_became_too_large_shrinks_to_one_that_is_not() -> None:
+    pacer = make_pacer(max_slowdown=3.0)
+    generate(pacer, QUICK)
+    assert budgets(pacer, QUICK, num_steps=60)[-1] == 288
+    found = budgets(pacer, lambda *rows: 3 * QUICK(*rows), num_steps=60)
+    assert found == sorted(found, reverse=True) and found[-1] == 96
+
+
+def test_one_slow_step_costs_the_budget_a_rung_for_a_while() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    mix(pacer, linear, num_steps=10)
+    pacer.observe(MeasuredStep(1, 80, 3 * linear(1, 80)))
+    assert budgets(pacer, linear, num_steps=130) == [*[64] * 127, 80, 80, 80]
+
+
+def test_the_short_rest_of_a_prompt_says_nothing() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    mix(pacer, linear, num_steps=10)
+    for seconds in (0.0, 60.0):
+        pacer.observe(MeasuredStep(1, 79, seconds))
+    assert budgets(pacer, linear, num_steps=3) == [80, 80, 80]
+
+
+def test_steps_without_streams_change_nothing() -> None:
+    pacer, undisturbed = make_pacer(max_slowdown=9.0), make_pacer(max_slowdown=9.0)
+    for each in (pacer, undisturbed):
+        generate(each, linear)
+    for seconds in (0.0, 60.0):
+        pacer.observe(MeasuredStep(0, 512, seconds))
+    assert budgets(pacer, linear, num_steps=9) == budgets(undisturbed, linear, num_steps=9)
+
+
+def test_what_a_step_may_take_follows_the_number_of_streams() -> None:
+    def machine(num_generating: int, num_prompt_tokens: int) -> float:
+        return 0.010 * num_generating + 0.001 * num_prompt_tokens
+
+    pacer = make_pacer(max_slowdown=3.0)
+    for num_generating in (1, 8):
+        generate(pacer, machine, num_generating=num_generating)
+    assert budgets(pacer, machine, num_steps=60, num_generating=8)[-1] == 160
+    assert budgets(pacer, machine, num_steps=60, num_generating=1)[-1] == 16
+
+
+def test_without_a_measure_for_so_many_streams_that_for_fewer_counts_then_that_for_more() -> None:
+    for num_generating in (64, 1):
+        pacer = make_pacer(max_slowdown=9.0)
+        generate(pacer, linear, num_generating=4)
+        assert budgets(pacer, linear, num_steps=30, num_generating=num_generating)[-1] == 80
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear, num_generating=1)
+    generate(pacer, lambda *_: 1.0, num_generating=64)
+    assert budgets(pacer, linear, num_steps=30, num_generating=16)[-1] == 80
+
+
+def test_before_any_step_that_only_generates_one_block_is_the_budget() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    assert budgets(pacer, linear, num_steps=3) == [16, 16, 16]
+
+
+def test_an_infinite_slowdown_bounds_nothing() -> None:
+    pacer = make_pacer(max_slowdown=math.inf)
+    generate(pacer, linear)
+    assert budgets(pacer, linear, num_steps=3) == [512, 512, 512]
+
+
+@pytest.mark.parametrize("max_slowdown", [0.99, 0.0, -1.0, math.nan])
+def test_a_slowdown_below_one_is_refused(max_slowdown: float) -> None:
+    with pytest.raises(ValueError, match=r"max_slowdown is .*, needs at least 1"):
+        make_pacer(max_slowdown=max_slowdown)
+
+
+@given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0.0, 100.0)), max_size=60))
+def test_whatever_is_measured_the_budget_is_whole_blocks_within_bounds(steps: list[tuple[int, int, float]]) -> None:
+    pacer = make_pacer()
+    for step in steps:
+        pacer.observe(MeasuredStep(*step))
+        assert 16 <= pacer.num_prompt_tokens <= 512 and pacer.num_prompt_tokens % 16 == 0
+
+
+# In an engine
+
+
+class ModelledRunner(FakeRunner):
+    """Computes what the fake does, and takes as long as `machine` says by a clock of its own."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(block_size=BLOCK_SIZE)
+        self.now = 0.0
+        self.steps: list[MeasuredStep] = []
+        self._machine = machine
+
+    def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+        step = MeasuredStep.of(slices, 0.0)
+        self.steps.append(step._replace(seconds=self._machine(step.num_generating, step.num_prompt_tokens)))
+        self.now += self.steps[-1].seconds
+        return super().run(slices)
+
+
+def make_modelled(*, max_slowdown: float = 2.0, max_batch_tokens: int = 128) -> tuple[Engine, ModelledRunner]:
+    runner = ModelledRunner(linear)
+    limits = make_limits(max_batch_tokens=max_batch_tokens, max_slowdown=max_slowdown)
+    engine = Engine(runner, num_blocks=300, hasher=make_hasher(), limits=limits, clock=lambda: runner.now)
+    return engine, runner
+
+
+def drive(engine: Engine, tokens: dict[str, list[int]], *, num_steps: int) -> None:
+    """Up to so many steps; adds every token to its request's."""
+    for _ in range(num_steps):
+        output = engine.step()
+        for each in () if output is None else output.outputs:
+            tokens.setdefault(each.request_id, []).extend(token.token_id for token in each.tokens)
+
+
+def wanted(request: Request) -> list[int]:
+    return [token.token_id for token in expected_tokens(request)]
+
+
+def test_a_prompt_alone_is_computed_in_full_chunks() -> None:
+    engine, runner = make_modelled()
+    engine.add(make_request("a", tuple(range(300))))
+    drive(engine, {}, num_steps=3)
+    assert [step.num_prompt_tokens for step in runner.steps] == [128, 128, 44]
+
+
+def test_a_long_prompt_leaves_streams_their_pace_and_is_computed_meanwhile() -> None:
+    engine, runner = make_modelled(max_slowdown=2.0)
+    engine.add(make_request("stream", sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=10)
+    engine.add(make_request("long", tuple(range(400)), sampling=make_sampling(max_tokens=1)))
+    began, tokens = runner.now, dict[str, list[int]]()
+    while "long" not in tokens:
+        drive(engine, tokens, num_steps=1)
+    mixed = [step for step in runner.steps if step.num_generating and step.num_prompt_tokens]
+    assert max(step.seconds for step in mixed) <= 2.0 * linear(1, 0)
+    assert min(step.num_prompt_tokens for step in mixed) == BLOCK_SIZE
+    # Half of the time is the prompt's once the budget has settled: twice as long as its tokens cost, and the rest of a
+    # block in every step.
+    assert runner.now - began <= 2.0 * 0.001 * 400 * BLOCK_SIZE / (BLOCK_SIZE - 1) + 4 * linear(1, 0)
+
+
+def test_a_prefill_is_not_slowed_by_the_last_token_of_another() -> None:
+    engine, runner = make_modelled(max_batch_tokens=BLOCK_SIZE * 8)
+    engine.add(make_prefill("a", tuple(range(BLOCK_SIZE * 8 + 1))))
+    engine.add(make_prefill("b", tuple(range(500, 500 + BLOCK_SIZE * 7))))
+    drive(engine, {}, num_steps=2)
+    assert [(step.num_generating, step.num_prompt_tokens) for step in runner.steps] == [(0, 32), (1, 28)]
+
+
+def test_tokens_do_not_depend_on_how_long_steps_take() -> None:
+    for seed in range(5):
+        draw = random.Random(seed)
+        engine, runner = make_modelled()
+        runner._machine = lambda *_, draw=draw: draw.expovariate(50)
+        requests = [
+            make_request(f"{seed}-{number}", tuple(range(number, number + 70)), sampling=make_sampling(max_tokens=20))
+            for number in range(6)
+        ]
+        tokens: dict[str, list[int]] = {}
+        for request in requests:
+            engine.add(request)
+            drive(engine, tokens, num_steps=7)
+        drive(engine, tokens, num_steps=500)
+        assert tokens == {request.request_id: wanted(request) for request in requests}
+        engine.check_integrity()
