@@ -56,9 +56,7 @@ class Engine:
         self._pool = BlockPool(num_blocks)
         self._prefix = PrefixCache(self._pool) if limits.prefix_caching else DisabledPrefixCache(self._pool)
         self._scheduler = Scheduler(self._pool, self._prefix, limits, clock=clock)
-        self._pacer = StepPacer(
-            max_slowdown=limits.max_slowdown, block_size=hasher.block_size, max_tokens=limits.max_batch_tokens
-        )
+        self._pacer = StepPacer(max_slowdown=limits.max_slowdown, max_tokens=limits.max_batch_tokens)
         self._awaiting: AwaitingSequences | None = None
         if source is not None:
             self._awaiting = AwaitingSequences(source, self._scheduler, self._pool, self._prefix)

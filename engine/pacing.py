@@ -2,7 +2,7 @@
 
 A step that generates and computes prompt tokens as well lasts longer than one that only generates; how much longer, the
 steps themselves tell. Everything here follows from measured durations: there is no clock, and nothing that depends on
-what the tokens are. It never stops a prompt: one block of it is always allowed.
+what the tokens are. It never stops a prompt: eight tokens of it are always allowed.
 """
 
 import math
@@ -10,6 +10,9 @@ from typing import Final, NamedTuple
 
 from engine.step import SequenceSlice
 
+LEAST_PROMPT_TOKENS: Final = 8
+"""Budgets begin with so many tokens, and are as far apart at first. Where reading weights is what bounds a step, eight
+rows more cost next to nothing, and sixteen double it."""
 _WEIGHT: Final = 0.25
 """Of the newest step in a running estimate: one step that something else on the machine made slow must not decide."""
 _RETRY_STEPS: Final = 128
@@ -41,22 +44,22 @@ class _Measured(NamedTuple):
 class StepPacer:
     """Keeps steps that generate at or below `max_slowdown` times what they would take without prompt tokens.
 
-    Budgets form a ladder whose rungs are a block apart at first, then a quarter of their size. What a rung adds to a
-    step is measured by using it. The next one is tried when it would fit with tokens as dear as those of the rung
+    Budgets form a ladder whose rungs are eight tokens apart at first, then a quarter of their size. What a rung adds to
+    a step is measured by using it. The next one is tried when it would fit with tokens as dear as those of the rung
     below; one that proves dearer is left, and then its own measure counts for a while. So the budget rests, but for one
     step in 128 at most.
 
-    A prompt beside streams waits longer than alone, by a bound: a step gives it a block at least, and where more fit,
-    four fifths of the time by which `max_slowdown` lets the step grow. With 2 that makes its tokens take 2.25 times as
-    long as they cost. Engine thread only.
+    A prompt beside streams waits longer than alone, by a bound: a step gives it eight tokens at least, and where more
+    than 64 fit, four fifths of the time by which `max_slowdown` lets the step grow. With 2 that makes its tokens take
+    2.25 times as long as they cost. Engine thread only.
     """
 
-    def __init__(self, *, max_slowdown: float, block_size: int, max_tokens: int) -> None:
+    def __init__(self, *, max_slowdown: float, max_tokens: int) -> None:
         """`max_slowdown` is at least 1; infinity lets a prompt take whatever `max_tokens` of a step are left."""
         if not max_slowdown >= 1:  # NaN is not, either
             raise ValueError(f"max_slowdown is {max_slowdown}, needs at least 1")
         self._max_slowdown = max_slowdown
-        self._budgets = _ladder(block_size, max_tokens)
+        self._budgets = _ladder(max_tokens)
         self._rung = len(self._budgets) - 1 if math.isinf(max_slowdown) else 0
         self._generating_s: dict[int, float] = {}
         """Seconds of a step that only generates, by the binary logarithm of the number of streams, rounded up."""
@@ -66,7 +69,7 @@ class StepPacer:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Prompt tokens that the next step may compute if it generates: whole blocks, at least one."""
+        """Prompt tokens that the next step may compute if it generates."""
         return self._budgets[self._rung]
 
     def observe(self, step: MeasuredStep) -> None:
@@ -108,14 +111,13 @@ class StepPacer:
         return None if nearest is None else self._generating_s[nearest]
 
 
-def _ladder(block_size: int, max_tokens: int) -> tuple[int, ...]:
-    """Budgets in tokens, rising: 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15… blocks, and at last all that `max_tokens` hold."""
-    num_blocks, most = 1, max(1, max_tokens // block_size)
-    rungs = []
-    while num_blocks < most:
-        rungs.append(num_blocks * block_size)
-        num_blocks += max(1, num_blocks // 4)
-    return (*rungs, most * block_size)
+def _ladder(max_tokens: int) -> tuple[int, ...]:
+    """Budgets in tokens, rising: 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 120… and at last `max_tokens`."""
+    budget, rungs = LEAST_PROMPT_TOKENS, []
+    while budget < max_tokens:
+        rungs.append(budget)
+        budget += max(1, budget // (4 * LEAST_PROMPT_TOKENS)) * LEAST_PROMPT_TOKENS
+    return (*rungs, max_tokens)
 
 
 def _size_class(count: int) -> int:

@@ -24,12 +24,14 @@ from bench.workload import Workload, plan_round
 from staffetta.rpc.channel import open_channel
 from staffetta.v1 import inference_pb2, inference_pb2_grpc
 from tests.bars.report import print_table, verdict
+from tests.loop import run
 
 MOST_TIMES_IDLE: Final = 2.5
 PROMPT_TOKENS: Final = 2000
 _STREAM: Final = Workload(name="stream", prompt_tokens=64, output_tokens=1)
 _PROMPT: Final = Workload(name="prompt", prompt_tokens=PROMPT_TOKENS, output_tokens=1)
 _VOCAB_SIZE: Final = 30_000
+_IDLE_GAPS: Final = 32
 _MAX_TOKENS: Final = 1500
 """Of a stream: more than any round lasts."""
 
@@ -121,6 +123,11 @@ class Load:
         return request
 
 
+async def measure(grpc: str, *, num_streams: int, seed: str) -> Round:
+    """One round on a server."""
+    return await Load(grpc, num_streams=num_streams, num_idle=_IDLE_GAPS, seed=seed).run()
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the bar."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
@@ -138,8 +145,7 @@ def main(argv: Sequence[str]) -> int:
         print(server.command)
         for number in range(options.rounds):
             for num_streams in options.streams:
-                load = Load(server.grpc, num_streams=num_streams, num_idle=32, seed=f"{number}/{num_streams}")
-                found = asyncio.run(load.run())
+                found = run(measure(server.grpc, num_streams=num_streams, seed=f"{number}/{num_streams}"))
                 gaps = [statistics.median(found.idle), percentile(found.idle, 99)]
                 gaps += [statistics.median(found.beside), percentile(found.beside, 99), max(found.beside)]
                 ttft = [round(found.ttft_alone_s, 2), round(found.ttft_beside_s, 2)]

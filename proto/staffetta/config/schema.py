@@ -75,8 +75,7 @@ class WorkerConfig(ModelConfig):
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_slowdown: float = setting(
         2.0,
-        "times as long as a step that only generates that one may take which computes prompt tokens as well; "
-        "a prompt then waits at most s / (s - 1) times as long",
+        "times as long a step may take for computing prompt tokens beside streams; more lets prompts wait less",
         minimum=1,
     )
     max_requests: int = setting(
@@ -177,8 +176,7 @@ class ServeConfig(ModelConfig):
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_slowdown: float = setting(
         2.0,
-        "times as long as a step that only generates that one may take which computes prompt tokens as well; "
-        "a prompt then waits at most s / (s - 1) times as long",
+        "times as long a step may take for computing prompt tokens beside streams; more lets prompts wait less",
         minimum=1,
     )
     transports: tuple[Literal["shm", "tcp"], ...] = setting(("shm", "tcp"), "transports to offer and use")
