@@ -66,7 +66,7 @@ def plan_serve(
 ) -> ServePlan:
     """Plans the children; `gateway`, `prefill` and `decode` are loaded without flags."""
     config = serve.config
-    share = max(1, surroundings.num_cores // (config.prefill + config.decode))
+    threads = plan_threads(surroundings.num_cores, num_prefill=config.prefill, num_decode=config.decode)
     log_level = "warning" if serve.origins["log_level"].kind is OriginKind.DEFAULT else config.log_level
     shared: dict[str, Any] = {"cluster_key": surroundings.cluster_key, "log_level": log_level}
     worker: dict[str, Any] = shared | {
@@ -87,7 +87,11 @@ def plan_serve(
         local_prefill="never" if config.no_local_prefill else decode.config.local_prefill,
     )
     workers = [
-        WorkerPlan(name, role, dataclasses.replace(role_config, worker_id=name, threads=role_config.threads or share))
+        WorkerPlan(
+            name,
+            role,
+            dataclasses.replace(role_config, worker_id=name, threads=role_config.threads or threads[role]),
+        )
         for role, count, role_config in (
             ("prefill", config.prefill, prefill_config),
             ("decode", config.decode, decode_config),
@@ -96,6 +100,22 @@ def plan_serve(
     ]
     doors: dict[str, Any] = {"http": surroundings.http, "grpc": surroundings.grpc}
     return ServePlan(dataclasses.replace(_merge(serve, gateway), **shared, **doors), tuple(workers))
+
+
+def plan_threads(num_cores: int, *, num_prefill: int, num_decode: int) -> dict[str, int]:
+    """How many threads a worker of each role computes with, unless a setting says so.
+
+    Every worker gets its share of the cores. Where that is a single one, a worker computes on two if its own role
+    leaves it two: prefill and decode of one request take turns, and threads that wait sleep. Two cores, one worker of
+    each role, 0.5 B parameters in bfloat16, 512 tokens in and 64 out: with two threads each the first token comes after
+    0.65 of the time, the others as before. It costs streams that run while another prompt is prefilled: at 1.6 requests
+    per second of 128 tokens in and 32 out, 99 % of gaps are within 382 instead of 125 ms.
+    """
+    share = num_cores // (num_prefill + num_decode)
+    return {
+        role: max(1, share, min(2, num_cores // max(1, count)))
+        for role, count in (("prefill", num_prefill), ("decode", num_decode))
+    }
 
 
 def dialable(address: str) -> str:

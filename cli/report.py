@@ -17,6 +17,7 @@ class WorkerFacts:
     role: str
     pid: int
     ready_s: float
+    threads: int
     num_blocks: int
     block_size: int
     pool_bytes: int
@@ -49,8 +50,8 @@ class ReadyFacts:
     grpc: str
 
 
-def describe_worker(worker: registry_pb2.RegisteredWorker, *, pid: int, ready_s: float) -> WorkerFacts:
-    """A worker's facts from its announcement."""
+def describe_worker(worker: registry_pb2.RegisteredWorker, *, pid: int, ready_s: float, threads: int) -> WorkerFacts:
+    """A worker's facts from its announcement, and what was planned for it."""
     announcement = worker.announcement
     groups = announcement.identity.layout.groups
     return WorkerFacts(
@@ -58,6 +59,7 @@ def describe_worker(worker: registry_pb2.RegisteredWorker, *, pid: int, ready_s:
         role="prefill" if announcement.identity.role == common_pb2.WORKER_ROLE_PREFILL else "decode",
         pid=pid,
         ready_s=round(ready_s, 3),
+        threads=threads,
         num_blocks=announcement.num_blocks,
         block_size=groups[0].block_size if groups else 0,
         pool_bytes=announcement.pool_bytes,
@@ -79,6 +81,7 @@ def ready_block(facts: ReadyFacts) -> str:
     lines = [f"Staffetta {facts.version} · {facts.backend} · model {facts.model} ({parameters})", ""]
     lines += [
         f"  {worker.name:<{name_width}}pid {worker.pid:<7}ready {worker.ready_s:.1f} s   "
+        f"{worker.threads:>2} {'thread ' if worker.threads == 1 else 'threads'}   "
         f"{worker.num_blocks:>5} KV blocks × {worker.block_size} tokens   {format_bytes(worker.pool_bytes):>8}"
         for worker in facts.workers
     ]

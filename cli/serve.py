@@ -64,9 +64,6 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
             num_cores=len(os.sched_getaffinity(0)),
         )
         plan = make_plan(loaded, flags.config, surroundings)
-        if config.log_level == "debug":
-            for worker in plan.workers:
-                say(f"{worker.name}: {worker.config.threads} threads of {surroundings.num_cores} cores")
         session = _Serve(config, plan, output=output, started=started)
         return asyncio.run(session.run(entries or Entries()))
 

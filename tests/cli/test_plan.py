@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cli.plan import ServePlan, Surroundings, dialable, plan_serve
+from cli.plan import ServePlan, Surroundings, dialable, plan_serve, plan_threads
 from staffetta.config.flags import FlagParser, add_settings
 from staffetta.config.load import resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
@@ -52,11 +52,31 @@ def test_cores_are_shared_out_and_nobody_gets_none() -> None:
         around = Surroundings("h:1", "h:2", "/d", "ab" * 16, num_cores)
         return [worker.config.threads for worker in make_plan(*argv, around=around).workers]
 
-    assert threads(num_cores=2) == [1, 1]
-    assert threads("--prefill", "2", num_cores=2) == [1, 1, 1]
+    assert threads(num_cores=1) == [1, 1]
+    assert threads("--prefill", "2", num_cores=1) == [1, 1, 1]
     assert threads("--prefill", "0", num_cores=5) == [5]
+    assert threads(num_cores=5) == [2, 2]
+    assert threads("--prefill", "2", num_cores=9) == [3, 3, 3]
     assert threads("--threads", "3", num_cores=2) == [3, 3]
     assert make_plan(environ={"STAFFETTA_DECODE_THREADS": "5"}).max_threads == 5
+
+
+def test_where_cores_are_few_a_worker_computes_on_two_that_its_own_role_leaves_it() -> None:
+    assert plan_threads(2, num_prefill=1, num_decode=1) == {"prefill": 2, "decode": 2}
+    assert plan_threads(3, num_prefill=1, num_decode=1) == {"prefill": 2, "decode": 2}
+    assert plan_threads(2, num_prefill=2, num_decode=1) == {"prefill": 1, "decode": 2}
+    assert plan_threads(4, num_prefill=2, num_decode=4) == {"prefill": 2, "decode": 1}
+    assert plan_threads(1, num_prefill=1, num_decode=1) == {"prefill": 1, "decode": 1}
+
+
+def test_where_cores_suffice_no_two_workers_share_one() -> None:
+    for num_cores in range(4, 65):
+        for num_prefill in range(4):
+            for num_decode in range(1, 5):
+                if num_cores >= 2 * (num_prefill + num_decode):
+                    threads = plan_threads(num_cores, num_prefill=num_prefill, num_decode=num_decode)
+                    total = threads["prefill"] * num_prefill + threads["decode"] * num_decode
+                    assert num_cores - (num_prefill + num_decode) < total <= num_cores
 
 
 def test_a_roles_own_setting_beats_serves_unless_serve_has_a_flag(tmp_path: Path) -> None:

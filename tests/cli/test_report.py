@@ -21,8 +21,8 @@ FACTS = ReadyFacts(
     num_parameters=3_100_000,
     is_embedded=True,
     workers=(
-        describe_worker(make_worker("prefill-0"), pid=4121, ready_s=2.9),
-        describe_worker(make_worker("decode-0"), pid=4122, ready_s=3.04),
+        describe_worker(make_worker("prefill-0"), pid=4121, ready_s=2.9, threads=2),
+        describe_worker(make_worker("decode-0"), pid=4122, ready_s=3.04, threads=1),
     ),
     links=tuple(describe_links(make_worker("decode-0"))),
     self_test=ANSWER,
@@ -36,8 +36,8 @@ def test_the_ready_block_reads_as_promised() -> None:
     assert ready_block(FACTS).splitlines() == [
         "Staffetta 0.1.0 · cpu (reference) · model demo (3.1M parameters, embedded)",
         "",
-        "  prefill-0   pid 4121   ready 2.9 s     512 KV blocks × 16 tokens     24 MiB",
-        "  decode-0    pid 4122   ready 3.0 s     512 KV blocks × 16 tokens     24 MiB",
+        "  prefill-0   pid 4121   ready 2.9 s    2 threads     512 KV blocks × 16 tokens     24 MiB",
+        "  decode-0    pid 4122   ready 3.0 s    1 thread      512 KV blocks × 16 tokens     24 MiB",
         "  hand-off    shared memory 6.1 GB/s · self-test through prefill-0 → decode-0 in 11 ms",
         "",
         '  REST   http://127.0.0.1:8000/v1       OpenAI style, model "demo"',

@@ -168,7 +168,9 @@ class ServeConfig(ModelConfig):
     quantization: Literal["none", "int8"] = setting(
         "none", "int8 makes 8-bit integers of linear weights at load, and of activations token by token"
     )
-    threads: int = setting(0, "threads per worker; 0 shares the cores out")
+    threads: int = setting(
+        0, "threads per worker; 0 shares the cores out, but gives a worker two where its role's others leave two"
+    )
     block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks of each worker; 0 derives it from kv_memory")
     kv_memory: int = setting(64 * 2**20, "bytes for each worker's KV pool when num_blocks is 0", form="bytes")
