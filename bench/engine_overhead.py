@@ -1,4 +1,4 @@
-"""What a step costs besides computing it: `python -m bench.step_overhead`.
+"""What a step costs besides computing it: `python -m bench.engine_overhead`.
 
 An engine whose runner answers at once goes through its queues with so many streams, and a decode worker's event loop
 turns every output into the message that a gateway gets. Processor time of the one thread that does it, per step, beside
