@@ -74,7 +74,7 @@ class WorkerConfig(ModelConfig):
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_slowdown: float = setting(
-        1.8,
+        1.6,
         "times as long a step may take for computing prompt tokens beside streams; more lets prompts wait less",
         minimum=1,
     )
@@ -177,7 +177,7 @@ class ServeConfig(ModelConfig):
     max_batch_tokens: int = setting(512, "token budget of one step", minimum=1)
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_slowdown: float = setting(
-        1.8,
+        1.6,
         "times as long a step may take for computing prompt tokens beside streams; more lets prompts wait less",
         minimum=1,
     )
