@@ -49,9 +49,10 @@ class StepPacer:
     below; one that proves dearer is left, and then its own measure counts for a while. So the budget rests, but for one
     step in 128 at most.
 
-    A prompt beside streams waits longer than alone, by a bound: a step gives it eight tokens at least, and where more
-    than 64 fit, four fifths of the time by which `max_slowdown` lets the step grow. With 2 that makes its tokens take
-    2.25 times as long as they cost. Engine thread only.
+    Every prompt that waits has a budget of its own, and the first in line may use them all: where many wait and few
+    stream, many gain by what few lose. So a prompt waits longer than alone by a bound, however long the queue: a step
+    computes eight tokens for it at least, and where more than 64 fit, for four fifths of the time by which
+    `max_slowdown` lets the step grow. With 2 its tokens take 2.25 times as long as they cost. Engine thread only.
     """
 
     def __init__(self, *, max_slowdown: float, max_tokens: int) -> None:
@@ -69,7 +70,7 @@ class StepPacer:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Prompt tokens that the next step may compute if it generates."""
+        """Prompt tokens that the next step may compute if it generates, for every prompt that waits."""
         return self._budgets[self._rung]
 
     def observe(self, step: MeasuredStep) -> None:
@@ -84,7 +85,9 @@ class StepPacer:
         if generating_s is None or step.num_prompt_tokens < self.num_prompt_tokens:
             return  # nothing to compare with, or the short rest of a prompt, which says little of a whole budget
         self._num_steps += 1
-        added_s = _blend(self._added_s(self._rung), step.seconds - generating_s)
+        # Several prompts have several budgets; what one adds is its part.
+        part = self.num_prompt_tokens / step.num_prompt_tokens
+        added_s = _blend(self._added_s(self._rung), (step.seconds - generating_s) * part)
         self._measured[self._rung] = _Measured(added_s, self._num_steps)
         self._climb(added_s, allowed_s=(self._max_slowdown - 1) * generating_s)
 

@@ -80,7 +80,7 @@ class Snapshot:
 
     `running` and `waiting` are in order; `waiting` holds sequences to compute here (WAITING) and such whose KV waits
     elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run. In a step in which a stream gets its
-    next token, at most `num_prompt_tokens` are computed of sequences that have more to compute than one.
+    next token, sequences with more than one to compute get at most `num_prompt_tokens` for each of them, together.
     """
 
     limits: EngineLimits
@@ -135,7 +135,9 @@ class _Planner:
             if sequence.num_pending_tokens == 1:
                 self._continue(sequence)
         if any(not sequence.is_prefill and sequence.sequence_id in self._slices for sequence in computable):
-            self._num_tokens_left = min(self._num_tokens_left, self._snapshot.num_prompt_tokens)
+            waiting = [each for each in self._snapshot.waiting if each.state is SequenceState.WAITING]
+            num_prompts = sum(sequence.num_pending_tokens > 1 for sequence in (*computable, *waiting))
+            self._num_tokens_left = min(self._num_tokens_left, max(1, num_prompts) * self._snapshot.num_prompt_tokens)
         for sequence in computable:
             if sequence.num_pending_tokens > 1:
                 self._continue(sequence)

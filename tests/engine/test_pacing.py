@@ -141,12 +141,21 @@ def test_one_slow_step_costs_the_budget_a_rung_for_a_while() -> None:
     assert budgets(pacer, linear, num_steps=130) == [*[64] * 127, 80, 80, 80]
 
 
+def test_a_step_that_is_a_little_slow_costs_nothing() -> None:
+    pacer = make_pacer(max_slowdown=9.5)
+    generate(pacer, linear)
+    mix(pacer, linear, num_steps=12)
+    pacer.observe(MeasuredStep(1, 80, 1.15 * linear(1, 80)))
+    assert pacer.num_prompt_tokens == 80
+
+
 def test_the_short_rest_of_a_prompt_says_nothing() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
     mix(pacer, linear, num_steps=12)
     for seconds in (0.0, 60.0):
         pacer.observe(MeasuredStep(1, 79, seconds))
+    assert pacer.num_prompt_tokens == 80
     assert budgets(pacer, linear, num_steps=3) == [80, 80, 80]
 
 
@@ -263,6 +272,47 @@ def test_a_long_prompt_leaves_streams_their_pace_and_is_computed_meanwhile() -> 
     # 10 ms are allowed beside the stream's own 10 and eight tokens cost 8; the first block was cached.
     assert [step.num_prompt_tokens for step in mixed] == [*[8] * 49, 4]
     assert len(tokens["stream"]) == 50
+
+
+def test_every_prompt_that_waits_has_a_budget_of_its_own_and_the_first_may_use_them_all() -> None:
+    engine, runner = make_modelled(max_slowdown=2.0)
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=10)
+    for first in (200, 300, 400):
+        engine.add(make_request(str(first), range(first, first + 30), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=6)
+    # Three wait, of 30 tokens each; after two steps the first is done, after three the second.
+    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [24, 24, 16, 8, 8, 8]
+
+
+def test_a_prompt_of_one_token_joins_streams_at_once() -> None:
+    engine, runner = make_modelled()
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=3)
+    engine.add(make_request("short", (7,)))
+    drive(engine, {}, num_steps=1)
+    assert (runner.steps[-1].num_generating, runner.steps[-1].num_prompt_tokens) == (2, 0)
+
+
+def test_what_several_prompts_add_is_divided_among_them() -> None:
+    pacer, alone = make_pacer(max_slowdown=9.0), make_pacer(max_slowdown=9.0)
+    for each in (pacer, alone):
+        generate(each, linear)
+    found = []
+    for _ in range(12):
+        num_tokens = 3 * pacer.num_prompt_tokens
+        pacer.observe(MeasuredStep(1, num_tokens, linear(1, num_tokens)))
+        found.append(pacer.num_prompt_tokens)
+    assert found == budgets(alone, linear, num_steps=12)
+
+
+def test_an_engine_tells_its_pacer_how_long_steps_take() -> None:
+    engine, runner = make_modelled(max_slowdown=9.0)
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=10)
+    engine.add(make_request("long", range(400, 700), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=5)
+    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [8, 16, 24, 32, 40]
 
 
 def test_a_prefill_is_not_slowed_by_the_last_token_of_another() -> None:
