@@ -153,9 +153,9 @@ def test_the_short_rest_of_a_prompt_says_nothing() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
     mix(pacer, linear, num_steps=12)
-    for seconds in (0.0, 60.0):
+    for seconds in (60.0, 0.0):
         pacer.observe(MeasuredStep(1, 79, seconds))
-    assert pacer.num_prompt_tokens == 80
+        assert pacer.num_prompt_tokens == 80
     assert budgets(pacer, linear, num_steps=3) == [80, 80, 80]
 
 
