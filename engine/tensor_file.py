@@ -126,7 +126,7 @@ def _parse(content: memoryview, key: bytes) -> Iterator[_Entry]:
         raise TensorFileError("the checksum of its header is wrong")
     if found_key != key:
         raise TensorFileError("it was made for something else")
-    if index_bytes > _MAX_INDEX_BYTES or index_offset < _DATA_OFFSET or index_offset + index_bytes != len(content):
+    if index_bytes > _MAX_INDEX_BYTES or index_offset + index_bytes != len(content):
         raise TensorFileError(f"its index of {index_bytes} bytes is not the end of its {len(content)} bytes")
     index = bytes(content[index_offset:])
     if xxhash.xxh3_64_intdigest(index) != index_checksum:

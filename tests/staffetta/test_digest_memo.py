@@ -92,7 +92,7 @@ def test_a_model_that_changed_a_moment_ago_is_not_remembered(
     assert len(hashed) == 3
 
 
-def test_a_model_that_changes_while_it_is_hashed_is_not_remembered(
+def test_what_was_remembered_of_a_model_that_changed_while_it_was_hashed_is_not_for_it(
     model: Path, cache: CacheDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def disturbed(directory: Path) -> str:
