@@ -1,7 +1,8 @@
 """One HTTP response whose body is a stream of events: its head, its bounded writes, its comments.
 
-Nothing is sent before the first write. From then on, while the engine advances but nothing comes, a comment keeps the
-connection alive. Knows nothing of what the events say.
+Nothing is sent before the first write. From then on one task per response watches it: while the engine advances but
+nothing comes, a comment keeps the connection alive; a client that leaves a write unread for too long is given up.
+A write itself sets no timer: there is one for every token. Knows nothing of what the events say.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from gateway.openai_response import DECODE_WORKER
 from gateway.request import Placed
@@ -47,6 +48,8 @@ class EventStream:
         self._keep_alive_s = keep_alive_s
         self._turn = asyncio.Lock()
         self._last_write = 0.0
+        self._writing_since: float | None = None
+        self._has_ended = False
         self._begun = asyncio.Event()
         self._placed: Placed | None = None
 
@@ -61,44 +64,66 @@ class EventStream:
         self._headers[DECODE_WORKER] = placed.decode_worker
 
     async def write(self, data: bytes) -> None:
-        """Sends `data`; waits while the client does not read. Raises ClientGoneError when it has not for too long."""
-        async with self._turn:
-            try:
-                async with asyncio.timeout(self._write_timeout_s):
-                    await self._write(data)
-            except TimeoutError:
-                raise ClientGoneError from None
-            self._last_write = asyncio.get_running_loop().time()
+        """Sends `data`; waits while the client does not read, for as long as who watches the stream allows."""
+        await self._put({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def _write(self, data: bytes) -> None:
-        if not self.has_begun:
-            self._begun.set()
-            raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
-            await self._send({"type": "http.response.start", "status": 200, "headers": raw})
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _put(self, message: Message) -> None:
+        async with self._turn:
+            self._last_write = self._writing_since = asyncio.get_running_loop().time()
+            try:
+                if not self.has_begun:
+                    await self._begin()
+                await self._send(message)
+            finally:
+                self._writing_since = None
+
+    async def _begin(self) -> None:
+        self._begun.set()
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
 
     async def end(self) -> None:
         """Ends the body."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._has_ended = True
+        await self._put({"type": "http.response.body", "body": b"", "more_body": False})
 
     @asynccontextmanager
-    async def kept_alive(self) -> AsyncIterator[None]:
-        """Writes a comment whenever nothing was written for a while, once begun, unless the engine stands still."""
-        task = asyncio.create_task(self._keep_alive(), name="sse-keep-alive")
+    async def watched(self) -> AsyncIterator[None]:
+        """Watches the stream while the block writes it. Cancels the block and raises ClientGoneError when the client
+        has left a write unread for too long."""
         try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            async with asyncio.timeout(None) as patience:
+                task = asyncio.create_task(self._watch(patience), name="sse-watch")
+                try:
+                    yield
+                finally:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+        except TimeoutError:
+            if not patience.expired():
+                raise
+            raise ClientGoneError from None
 
-    async def _keep_alive(self) -> None:
+    async def _watch(self, patience: asyncio.Timeout) -> None:
+        """Ends `patience` when a write has waited for too long; writes a comment when none came for a while."""
         now = asyncio.get_running_loop().time
         await self._begun.wait()
-        while True:
-            silence_s = now() - self._last_write
-            if silence_s < self._keep_alive_s:
-                await asyncio.sleep(self._keep_alive_s - silence_s)
-            elif self._placed is None or not self._placed.is_stalled():
-                await self.write(_COMMENT)
+        while self._writing_since is not None or not self._has_ended:
+            if self._writing_since is not None:
+                left_s = self._writing_since + self._write_timeout_s - now()
+                if left_s <= 0:
+                    patience.reschedule(now())
+                    return
+                await asyncio.sleep(left_s)
+            elif (silence_s := now() - self._last_write) < self._keep_alive_s:
+                # No longer than a write that begins right now may wait.
+                await asyncio.sleep(min(self._keep_alive_s - silence_s, self._write_timeout_s))
+            elif self._placed is not None and self._placed.is_stalled():
+                await asyncio.sleep(min(self._keep_alive_s, self._write_timeout_s))
             else:
-                await asyncio.sleep(self._keep_alive_s)
+                try:
+                    async with asyncio.timeout(self._write_timeout_s):
+                        await self.write(_COMMENT)
+                except TimeoutError:
+                    patience.reschedule(now())
+                    return

@@ -112,16 +112,19 @@ class GenerateEndpoint:
 
     async def _stream(self, journey: JourneyRequest, parsed: ParsedRequest, send: Send) -> None:
         stream = EventStream(send, _ignored_header(parsed), keep_alive_s=self._keep_alive_s)
+        async with stream.watched():
+            await self._write_stream(journey, parsed, stream, send)
+
+    async def _write_stream(
+        self, journey: JourneyRequest, parsed: ParsedRequest, stream: EventStream, send: Send
+    ) -> None:
         try:
             async with (
-                stream.kept_alive(),
                 aclosing(self._journeys.run(journey)) as events,
                 aclosing(self._chunks(parsed, events, stream)) as chunks,
             ):
                 async for chunk in chunks:
                     await stream.write(b"data: " + chunk + b"\n\n")
-        except ClientGoneError:
-            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
             logged = _logged(error, journey)
             if not stream.has_begun:
