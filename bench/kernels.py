@@ -8,6 +8,7 @@ and KV are taken from several copies in turn, so that no cache holds them.
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from bench.result import write_result
 from bench.shapes import SHAPES, ModelShape
 from bench.table import format_table
 from kernels.backend import Backend, Spans, WeightFormat, select
+from kernels.reference import GROUP_INPUTS
 
 MEASURED_SHAPES: Final = ("0.5b", "llama-8b-layer")
 FEW_ROWS: Final = (1, 4, 16)
@@ -61,7 +63,7 @@ class Stored:
     name: str
     dtype: torch.dtype
     form: WeightFormat
-    weight_bytes: int
+    weight_bytes: float
     gemm: Callable[[Limits], float]
 
 
@@ -69,6 +71,8 @@ STORED: Final = (
     Stored("bf16", torch.bfloat16, WeightFormat.AS_GIVEN, 2, lambda limits: limits.gemm_bfloat16),
     Stored("fp32", torch.float32, WeightFormat.AS_GIVEN, 4, lambda limits: limits.gemm_float32),
     Stored("int8", torch.bfloat16, WeightFormat.INT8, 1, lambda limits: limits.gemm_int8),
+    Stored("int8-weight", torch.bfloat16, WeightFormat.INT8_WEIGHT, 1, lambda limits: limits.gemm_bfloat16),
+    Stored("int4", torch.bfloat16, WeightFormat.INT4, 0.5 + 4 / GROUP_INPUTS, lambda limits: limits.gemm_bfloat16),
 )
 
 
@@ -112,7 +116,7 @@ def _linear(
 ) -> list[_Timing]:
     inputs, outputs = size
     weight_bytes = inputs * outputs * stored.weight_bytes
-    copies = -(-_COLD_BYTES // weight_bytes)
+    copies = math.ceil(_COLD_BYTES / weight_bytes)
     weight = torch.randn(outputs, inputs).to(stored.dtype)
     layers = [backend.prepare_linear(weight, stored=stored.form) for _ in range(copies)]
     timings = []

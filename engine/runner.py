@@ -43,7 +43,7 @@ def load_runner(
     num_blocks: int,
     threads: int,
     device: str,
-    quantization: Literal["none", "int8"] = "none",
+    quantization: Literal["none", "int8", "int8-weight", "int4"] = "none",
     cache: CacheDirectory | None = None,
 ) -> "ModelRunner":
     """Loads the weights of `directory` and returns a runner over `pool`, computing in the layout's dtype.
@@ -51,7 +51,7 @@ def load_runner(
     With a `cache`, packed weights are mapped from there, and put there first where they are missing: then the layout's
     model digest must be that of `directory`.
 
-    `quantization` int8 makes 8-bit integers of the layers' linear weights at load, and of activations row by row. A
+    `quantization` makes integers of the layers' linear weights at load, as the `WeightFormat` of that name says. A
     checkpoint that is quantized already is computed as it is stored, and refused with any other `quantization`.
     Computes on `threads` threads, and sets the process's number for torch's own operations to that. Raises
     ModelRefusedError or ModelNotFoundError for the directory, ValueError for a device nothing computes on or a pool of

@@ -125,6 +125,10 @@ class WeightFormat(Enum):
     """In the dtype they come in, with float32 sums; weights that come as int8, with their scales, as INT8."""
     INT8 = "int8"
     """int8 with a scale per output, times activations quantized to int8 with a scale per row; sums are integers."""
+    INT8_WEIGHT = "int8-weight"
+    """int8 with a scale per output, times activations as they are, with float32 sums."""
+    INT4 = "int4"
+    """Four bits, with a scale per output and group of inputs, times activations as they are, with float32 sums."""
 
 
 class Linear(Protocol):
@@ -154,11 +158,13 @@ class Packing(Protocol):
         """
 
 
-def check_scales(weight: Tensor, scales: Tensor | None) -> None:
-    """Raises ValueError unless a weight [N, K] that is int8, and no other, has scales [N]."""
+def check_scales(weight: Tensor, scales: Tensor | None, stored: WeightFormat) -> None:
+    """Raises ValueError unless a weight [N, K] that is int8, and no other, has scales [N], and is stored as INT8."""
     if weight.dtype is not torch.int8:
         if scales is not None:
             raise ValueError(f"a weight of {weight.dtype} has no scales")
+    elif stored not in (WeightFormat.AS_GIVEN, WeightFormat.INT8):
+        raise ValueError(f"an int8 weight is multiplied as int8, not as {stored.value}")
     elif scales is None or scales.shape != weight.shape[:1]:
         found = "none" if scales is None else f"shape {list(scales.shape)}"
         raise ValueError(f"an int8 weight needs scales of shape {list(weight.shape[:1])}, it has {found}")
@@ -239,7 +245,7 @@ class Backend(Operations, Protocol):
 
         A weight that is quantized already is int8 and comes with its `scales` [N]: an output's weights are its scale
         times its integers, which are multiplied as `WeightFormat.INT8` says, unchanged. Raises ValueError for integers
-        without scales, scales without integers, or another number of them.
+        without scales, scales without integers, another number of them, or integers to be stored in another format.
         """
 
     def prepare_gated_linear(

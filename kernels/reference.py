@@ -8,7 +8,7 @@ equality is within rounding, and only a backend that says so is bitwise equal to
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -62,6 +62,26 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() * factors[:, None]).round().to(torch.int8), largest_values / 127
 
 
+GROUP_INPUTS = 64
+"""Inputs of an int4 weight that share a scale. With 4 bytes a scale, a weight takes 4.5 bits."""
+
+
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Four bits per weight, per output and group of GROUP_INPUTS inputs; the last group may be smaller.
+
+    With m the first weight of the largest magnitude: scale = m / -8, q = round(-8 w / m), ties to even, at most 7: m
+    itself becomes -8, so that all sixteen numbers are used whatever its sign. A group of zeros has scale 0.
+
+    weight: [N, K]. Returns q [N, K], int8, from -8 to 7, and scales [N, groups], float32.
+    """
+    outputs, inputs = weight.shape
+    groups = functional.pad(weight.float(), (0, -inputs % GROUP_INPUTS)).view(outputs, -1, GROUP_INPUTS)
+    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    factors = torch.where(largest != 0, -8 / largest, 0.0)
+    quantized = (groups * factors).round().clamp(max=7).to(torch.int8)
+    return quantized.view(outputs, -1)[:, :inputs], (largest / -8)[:, :, 0]
+
+
 def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[t, n] = (sum over k of q[t, k] weight[n, k]) s[t] scales[n] + bias[n] with q, s = quantize_rows(x).
 
@@ -72,6 +92,27 @@ def int8_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None =
     quantized, row_scales = quantize_rows(x)
     out = (quantized.double() @ weight.double().T).float() * row_scales[:, None] * scales
     return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def int8_weight_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[t, n] = (sum over k of x[t, k] weight[n, k]) scales[n] + bias[n].
+
+    x: [T, K]. weight: [N, K], int8. scales: [N], float32. bias: [N]. Returns [T, N] in x's dtype. Sum in float32, then
+    scale, then bias, rounded once. FLOPs: 2 T N K. Bytes: N K, while T is small.
+    """
+    out = x.float() @ weight.float().T * scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def int4_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[t, n] = sum over groups g of (sum over k in g of x[t, k] weight[n, k]) scales[n, g], + bias[n].
+
+    x: [T, K]. weight: [N, K], int8 from -8 to 7. scales: [N, groups], float32: one for every GROUP_INPUTS inputs. bias:
+    [N]. Returns [T, N] in x's dtype. Sums in float32, bias last, rounded once. FLOPs: 2 T N K. Bytes: N K (1 / 2 + 4 /
+    GROUP_INPUTS), while T is small. Groups as in Frantar et al. 2022, arXiv 2210.17323, section 4.
+    """
+    wide = scales.repeat_interleave(GROUP_INPUTS, dim=1)[:, : weight.shape[1]] * weight.float()
+    return linear(x.float(), wide, bias).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -239,21 +280,36 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 class ReferenceLinear:
-    """`linear`, or `int8_linear` on weights that were quantized once."""
+    """One of the linear functions above, on weights that were quantized once where it takes integers."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stored: WeightFormat, scales: Tensor | None) -> None:
-        check_scales(weight, scales)
-        self._weight, self._scales, self._bias = weight, scales, bias
-        if stored is WeightFormat.INT8 and scales is None:
-            self._weight, self._scales = quantize_rows(weight)
+        check_scales(weight, scales, stored)
+        self._compute = self._function(weight, bias, stored, scales)
+
+    @staticmethod
+    def _function(
+        weight: Tensor, bias: Tensor | None, stored: WeightFormat, scales: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
+        if scales is not None:
+            return partial(int8_linear, weight=weight, scales=scales, bias=bias)
+        if stored is WeightFormat.AS_GIVEN:
+            return partial(linear, weight=weight, bias=bias)
+        multiply, quantize = _QUANTIZED[stored]
+        integers, own_scales = quantize(weight)
+        return partial(multiply, weight=integers, scales=own_scales, bias=bias)
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """Multiplies, then adds."""
-        if self._scales is None:
-            out = linear(x, self._weight, self._bias)
-        else:
-            out = int8_linear(x, self._weight, self._scales, self._bias)
+        out = self._compute(x)
         return out if residual is None else out + residual
+
+
+_QUANTIZED: Mapping[WeightFormat, tuple[Callable[..., Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+    WeightFormat.INT8: (int8_linear, quantize_rows),
+    WeightFormat.INT8_WEIGHT: (int8_weight_linear, quantize_rows),
+    WeightFormat.INT4: (int4_linear, quantize_groups),
+}
+"""How weights that are quantized here are multiplied, and what makes integers and scales of them."""
 
 
 class ReferenceGatedLinear:

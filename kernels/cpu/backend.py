@@ -103,7 +103,7 @@ class CpuBackend:
         scales: Tensor | None = None,
     ) -> CpuLinear:
         """Packs weight [N, K] and bias [N]. float16 weights are kept as float32, int8 ones as they are."""
-        check_scales(weight, scales)
+        check_scales(weight, scales, stored)
         return pack(self, weight, bias, kind=_kind(weight, stored), scales=scales, gated_outputs=None)
 
     def prepare_gated_linear(
@@ -120,7 +120,7 @@ class CpuBackend:
         if gate[1] is not None and up[1] is not None:
             bias = interleave(gate[1][:, None], up[1][:, None])[:, 0]
         for (part, _), given in zip((gate, up), scales or (None, None), strict=True):
-            check_scales(part, given)
+            check_scales(part, given, stored)
         if scales is not None:
             joined = interleave(scales[0][:, None], scales[1][:, None])[:, 0]
         return pack(self, weight, bias, kind=_kind(weight, stored), scales=joined, gated_outputs=len(gate[0]))
@@ -257,9 +257,19 @@ class CpuBackend:
 
 
 def _kind(weight: Tensor, stored: WeightFormat) -> WeightKind:
-    if stored is WeightFormat.INT8 or weight.dtype is torch.int8:
-        return WeightKind.INT8
-    return WeightKind.BFLOAT16 if weight.dtype is torch.bfloat16 else WeightKind.FLOAT32
+    match stored:
+        case WeightFormat.INT8_WEIGHT:
+            return WeightKind.INT8_ONLY
+        case WeightFormat.INT4:
+            return WeightKind.INT4
+        case WeightFormat.INT8:
+            return WeightKind.INT8
+        case WeightFormat.AS_GIVEN:
+            return _KINDS.get(weight.dtype, WeightKind.FLOAT32)
+
+
+_KINDS = {torch.int8: WeightKind.INT8, torch.bfloat16: WeightKind.BFLOAT16}
+"""How weights are kept as they are given; all others are kept as float32."""
 
 
 def _heads_as_rows(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.backend import BackendUnavailableError
 from kernels.cpu import LIBRARY_PATH
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 MAX_GROUP = 96
 """Query heads that may share a KV head."""
 MAX_RESULTS = 2
@@ -39,6 +39,8 @@ class WeightKind(IntEnum):
     FLOAT32 = 0
     BFLOAT16 = 1
     INT8 = 2
+    INT8_ONLY = 3
+    INT4 = 4
 
 
 class Status(IntEnum):

@@ -17,6 +17,7 @@ from torch.nn import functional
 from kernels.backend import Linear
 from kernels.cpu import library as abi
 from kernels.cpu.library import WeightKind, check, matrix, rows
+from kernels.reference import GROUP_INPUTS, quantize_groups, quantize_rows
 
 if TYPE_CHECKING:
     from kernels.cpu.backend import CpuBackend
@@ -35,8 +36,9 @@ _MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
 class LinearBuffers:
     """A layer's packed weights. `outputs` counts packed rows, `out_features` what the layer returns: half, when gated.
 
-    panels: uint8, as `src/pack.h` lays them. scales, sums: [padded outputs], float32 and int32, empty but for INT8.
-    bias: [padded outputs], float32, or empty. Outputs are padded to whole panels.
+    panels: uint8, as `src/pack.h` lays them. scales: float32, [padded outputs], for INT4 [panels x groups x PANEL],
+    empty for floats. sums: [padded outputs], int32, empty but for INT8. bias: [padded outputs], float32, or empty.
+    Outputs are padded to whole panels.
     """
 
     kind: WeightKind
@@ -105,15 +107,16 @@ def pack(
     outputs, inputs = weight.shape
     _check_inputs(kind, inputs)
     padded = _padded(outputs)
-    num_scales = padded if kind is WeightKind.INT8 else 0
+    if kind in _QUANTIZE:
+        weight, scales = _QUANTIZE[kind](weight)
     buffers = LinearBuffers(
         kind=kind,
         inputs=inputs,
         outputs=outputs,
         out_features=outputs if gated_outputs is None else gated_outputs,
         panels=backend.weight_memory.take(backend.library.staffetta_packed_bytes(kind, outputs, inputs)),
-        scales=torch.empty(num_scales) if scales is None else functional.pad(scales.float(), (0, padded - outputs)),
-        sums=torch.empty(num_scales, dtype=torch.int32),
+        scales=torch.empty(_num_scales(kind, inputs, padded)) if scales is None else _in_panels(scales, padded),
+        sums=torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.int32),
         bias=torch.empty(0) if bias is None else functional.pad(bias.float(), (0, padded - outputs)),
     )
     source = rows(weight)
@@ -126,6 +129,17 @@ def pack(
         backend.threads,
     )
     return CpuLinear(backend, buffers)
+
+
+_QUANTIZE = {WeightKind.INT8_ONLY: quantize_rows, WeightKind.INT4: quantize_groups}
+"""What makes integers and scales of weights before they are packed."""
+
+
+def _in_panels(scales: Tensor, padded: int) -> Tensor:
+    """Scales [outputs] or [outputs, groups] as the kernels read them: [padded] or [panels x groups x PANEL]."""
+    columns = scales.float().view(len(scales), -1)
+    whole = functional.pad(columns, (0, 0, 0, padded - len(scales)))
+    return whole.view(-1, PANEL, whole.shape[1]).transpose(1, 2).flatten()
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -193,18 +207,29 @@ def _check_inputs(kind: WeightKind, inputs: int) -> None:
 def _check(buffers: LinearBuffers, library: CDLL) -> None:
     """Raises ValueError unless every buffer has the type and size that the kernels read."""
     padded = _padded(buffers.outputs)
-    num_scales = padded if buffers.kind is WeightKind.INT8 else 0
+    num_scales = _num_scales(buffers.kind, buffers.inputs, padded)
+    num_sums = padded if buffers.kind is WeightKind.INT8 else 0
     packed_bytes = library.staffetta_packed_bytes(buffers.kind, buffers.outputs, buffers.inputs)
     expected = (
         ("panels", buffers.panels, torch.uint8, (packed_bytes,)),
         ("scales", buffers.scales, torch.float32, (num_scales,)),
-        ("sums", buffers.sums, torch.int32, (num_scales,)),
+        ("sums", buffers.sums, torch.int32, (num_sums,)),
         ("bias", buffers.bias, torch.float32, (0, padded)),
     )
     for name, tensor, dtype, sizes in expected:
         is_plain = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype is dtype
         if not is_plain or len(tensor) not in sizes:
             raise ValueError(f"a packed layer's {name} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {sizes}")
+
+
+def _num_scales(kind: WeightKind, inputs: int, padded: int) -> int:
+    match kind:
+        case WeightKind.INT8 | WeightKind.INT8_ONLY:
+            return padded
+        case WeightKind.INT4:
+            return padded * -(-inputs // GROUP_INPUTS)
+        case _:
+            return 0
 
 
 def _padded(count: int, unit: int = PANEL) -> int:

@@ -13,7 +13,7 @@ def test_cpu_is_computed_by_the_compiled_kernels() -> None:
     backend = select("cpu")
     assert backend.name == f"cpu ({backend.instruction_set})"
     assert backend.instruction_set in ("scalar", "avx2", "avx512", "avx512bf16")
-    assert backend.abi_version == 2
+    assert backend.abi_version == 3
 
 
 def test_the_reference_is_chosen_by_its_name() -> None:

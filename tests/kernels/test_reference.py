@@ -187,3 +187,42 @@ def test_log_softmax_is_float32_and_survives_large_logits() -> None:
     close(ops.log_softmax(logits), expected)
     assert ops.log_softmax(logits.bfloat16()).dtype == torch.float32
     assert ops.log_softmax(torch.zeros(0, 4)).shape == (0, 4)
+
+
+def test_groups_use_all_sixteen_numbers_whichever_sign_the_largest_weight_has() -> None:
+    weight = torch.zeros(2, 70)
+    weight[0, :5] = torch.tensor([4.0, -1.0, 0.25, -3.9, 3.5])  # scale -0.5
+    weight[1, 0], weight[1, 64:67] = 1.0, torch.tensor([-16.0, 14.0, 15.9])  # scales -1 / 8 and 2
+    quantized, scales = ops.quantize_groups(weight)
+    assert quantized.dtype == torch.int8
+    assert quantized[0, :6].tolist() == [-8, 2, 0, 7, -7, 0]
+    assert quantized[1, [0, 64, 65, 66, 67]].tolist() == [-8, -8, 7, 7, 0]
+    assert scales.tolist() == [[-0.5, 0.0], [-0.125, 2.0]]
+
+
+def test_a_group_is_quantized_by_itself() -> None:
+    weight = torch.randn(3, 192, generator=torch.Generator().manual_seed(5))
+    quantized, scales = ops.quantize_groups(weight)
+    for group in range(3):
+        part = slice(64 * group, 64 * group + 64)
+        alone = ops.quantize_groups(weight[:, part])
+        assert torch.equal(alone[0], quantized[:, part])
+        assert torch.equal(alone[1][:, 0], scales[:, group])
+
+
+def test_weights_of_four_bits_are_off_by_half_a_scale_at_most_and_the_far_end_by_one() -> None:
+    weight = torch.randn(5, 130, generator=torch.Generator().manual_seed(6))
+    quantized, scales = ops.quantize_groups(weight)
+    wide = scales.repeat_interleave(64, dim=1)[:, :130]
+    errors = (quantized * wide - weight).abs() / wide.abs()
+    assert errors[quantized < 7].max() <= 0.5 + 1e-5
+    assert errors.max() <= 1 + 1e-5
+
+
+def test_integer_weights_are_multiplied_by_rows_as_they_are() -> None:
+    weight, scales = torch.tensor([[2, -3, 5]], dtype=torch.int8), torch.tensor([0.5])
+    x, bias = torch.tensor([[1.0, 10.0, 100.0]]), torch.tensor([0.25])
+    assert ops.int8_weight_linear(x, weight, scales, bias).tolist() == [[236.25]]
+    assert ops.int4_linear(x, weight, scales[:, None], bias).tolist() == [[236.25]]
+    halves = ops.int8_weight_linear(x.bfloat16(), weight, scales)
+    assert (halves.dtype, halves.tolist()) == (torch.bfloat16, [[236.0]])

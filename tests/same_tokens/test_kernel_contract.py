@@ -29,6 +29,10 @@ STORED = {
     "float32": Stored(torch.float32, WeightFormat.AS_GIVEN),
     "bfloat16": Stored(torch.bfloat16, WeightFormat.AS_GIVEN),
     "int8": Stored(torch.float32, WeightFormat.INT8),
+    "int8-weight": Stored(torch.float32, WeightFormat.INT8_WEIGHT),
+    "int8-weight-bfloat16": Stored(torch.bfloat16, WeightFormat.INT8_WEIGHT),
+    "int4": Stored(torch.float32, WeightFormat.INT4),
+    "int4-bfloat16": Stored(torch.bfloat16, WeightFormat.INT4),
 }
 
 
@@ -75,6 +79,20 @@ def test_a_gated_row_is_the_same_at_every_number_of_rows(backend: CpuBackend, al
     expected = torch.cat([one(row[None]) for row in x])
     layer = backend.prepare_gated_linear(halves[0], halves[1], stored=weight_format)
     for count in (1, 2, 13, 64):
+        assert_rows_equal(layer(x[:count]), expected[:count], f"{count} rows")
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_a_row_of_a_linear_layer_over_many_inputs_is_the_same(
+    backend: CpuBackend, alone: CpuBackend, stored: str
+) -> None:
+    # More inputs than any format computes without storing sums: alone a row does, together rows do not.
+    dtype, weight_format = STORED[stored]
+    weight, x = numbers(33, 16_500, seed=16, dtype=dtype), numbers(26, 16_500, seed=17, dtype=dtype)
+    one = alone.prepare_linear(weight, stored=weight_format)
+    expected = torch.cat([one(row[None]) for row in x])
+    layer = backend.prepare_linear(weight, stored=weight_format)
+    for count in (1, 13, 26):
         assert_rows_equal(layer(x[:count]), expected[:count], f"{count} rows")
 
 

@@ -5,12 +5,18 @@
 #include <cstdint>
 
 // Grows when the bits of any result may have changed.
-#define STAFFETTA_ABI_VERSION 2
+#define STAFFETTA_ABI_VERSION 3
 
 enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 // int8 is for weights alone.
 enum DType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
-enum WeightKind : int32_t { kWeightFloat32 = 0, kWeightBfloat16 = 1, kWeightInt8 = 2 };
+enum WeightKind : int32_t {
+  kWeightFloat32 = 0,
+  kWeightBfloat16 = 1,
+  kWeightInt8 = 2,      // against rows that are quantized too
+  kWeightInt8Only = 3,  // against rows as they are
+  kWeightInt4 = 4,      // likewise
+};
 enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3 };
 
 // A matrix of the caller's. data may be null where a function says so.
@@ -20,11 +26,14 @@ struct Matrix {
   int32_t dtype;
 };
 
-// A linear layer's weights in panels of 32 outputs. scales and sums belong to int8 alone.
+// Inputs of an int4 weight that share a scale.
+constexpr int64_t kGroupInputs = 64;
+
+// A linear layer's weights in panels of 32 outputs. scales belong to integers, sums to kWeightInt8 alone.
 struct PackedWeight {
   const void* panels;
   const float* bias;      // [outputs, padded to 32], or null
-  const float* scales;    // [outputs, padded to 32]
+  const float* scales;    // [outputs, padded to 32]; int4: [panel][group][32]
   const int32_t* sums;    // [outputs, padded to 32]: the sum of each output's weights
   int64_t inputs, outputs;
   int32_t kind;

@@ -1,11 +1,12 @@
-// From the sums of a linear layer to its result, in this order: int8 scales (row, then output), bias, silu(gate) up,
-// residual; then one rounding.
+// From the sums of a linear layer to its result, in this order: scales of int8 weights (the row's, if rows are quantized
+// too, then the output's), bias, silu(gate) up, residual; then one rounding.
 #pragma once
 #include "strips.h"
 
 namespace STAFFETTA_ISA {
 
-// What turns a panel's sums into floats: nothing, or for int8 its scales and the 128 that its rows were raised by.
+// What turns a panel's sums into floats: nothing; or scales of outputs; or those of rows too, and the 128 by which rows
+// were raised. Scales of int4 weights are in the sums.
 template <class Weights>
 struct PanelScales {
   PanelScales(const LinearCall&, int64_t) {}
@@ -27,6 +28,23 @@ struct PanelScales<Int8Weights> {
     return mul(mul(to_float(isub(sum, offsets[v])), splat(call.row_scales[row])), scales[v]);
   }
 };
+
+template <>
+struct PanelScales<Int8OnlyWeights> {
+  Vec scales[kPanelVecs];
+
+  PanelScales(const LinearCall& call, int64_t output) {
+    for (int v = 0; v < kPanelVecs; ++v) scales[v] = load(call.w.scales + output + v * kWidth);
+  }
+  Vec apply(const LinearCall&, int64_t, int v, Vec sum) const { return mul(sum, scales[v]); }
+};
+
+#ifdef STAFFETTA_BF16_DOT
+template <>
+struct PanelScales<Int8OnlyPairs> : PanelScales<Int8OnlyWeights> {
+  using PanelScales<Int8OnlyWeights>::PanelScales;
+};
+#endif
 
 // Fetches the lines that a strip's results will be written to, while its sums are being made.
 inline void fetch_results(const LinearCall& call, int64_t first_row, int64_t rows, int64_t panel) {

@@ -1,7 +1,8 @@
 // out[m, n] = epilogue(sum over k of x[m, k] w[n, k]).
 //
 // Order: each element is one chain of fused multiply-adds over k ascending in float32, whatever M, N, threads or cache
-// blocks are: a piece of K loads the sums that the piece before it stored. With int8 the sums are exact integers.
+// blocks are: a piece of K loads the sums that the piece before it stored. With int8 rows the sums are exact integers.
+// With int4 weights each group of inputs has such a chain, and the element is the chain of the groups' sums times scales.
 // strips.h packs the rows, weights.h multiplies, epilogue.h scales, adds and rounds.
 //
 // Weights lie in panels of 32 outputs x K (see pack.cpp). A tile is a block of rows, small enough for the second cache,
@@ -17,7 +18,9 @@
 namespace STAFFETTA_ISA {
 
 constexpr int64_t kPieceSteps = 512;
+static_assert(kPieceSteps % kGroupSteps<Int4Weights> == 0, "a group lies in one piece");
 constexpr int64_t kMostChunkSteps = 2048;
+constexpr int64_t kMostChunkBytes = int64_t{16} << 10;  // of one row
 constexpr int64_t kBlockBytes = int64_t{768} << 10;  // of rows for one chunk of K: most of a second cache of 1 MiB
 constexpr int64_t kMostBlockStrips = 128 / kLinearRows;
 constexpr int64_t kCarriedPanels = 16;  // panels of a tile whose sums wait in memory for the next chunk
@@ -29,6 +32,13 @@ struct Tile {
   int64_t block, first_panel, last_panel;
 };
 
+// Scales [groups][32] of an int4 panel from step k on.
+template <class Weights>
+const float* group_scales(const LinearCall& call, int64_t panel, int64_t k) {
+  const int64_t num_groups = ceil_div(call.w.inputs, kGroupInputs);
+  return call.w.scales + (panel * num_groups + k / kGroupSteps<Weights>) * kPanel;
+}
+
 // All strips of a tile's block for one panel and the piece of K from step k. `ahead` is the piece to fetch meanwhile.
 template <class Weights>
 void compute_piece(const LinearCall& call, int64_t block, int64_t panel, int64_t k, int64_t steps, const char* ahead,
@@ -39,10 +49,15 @@ void compute_piece(const LinearCall& call, int64_t block, int64_t panel, int64_t
   const int64_t pace = kStepBytes / num_strips;
   for (int64_t strip = first; strip < first + num_strips; ++strip) {
     const int64_t row = call.strips.begin(strip), rows = call.strips.count(strip);
+    const Ahead next{ahead, pace};
     const bool is_last = k + steps == call.steps;
     if (is_last) fetch_results(call, row, rows, panel);
     with_rows<kLinearRows>(rows, [&](auto count) {
-      advance<Weights, decltype(count)::value>(values, weights, {ahead, pace}, steps, k == 0, sums);
+      constexpr int kRows = decltype(count)::value;
+      if constexpr (kGroupSteps<Weights> > 0)
+        advance_groups<Weights, kRows>(values, weights, group_scales<Weights>(call, panel, k), next, steps, k == 0, sums);
+      else
+        advance<Weights, kRows>(values, weights, next, steps, k == 0, sums);
     });
     if (is_last)
       with_type(call.out.dtype, [&](auto type) {
@@ -83,7 +98,7 @@ LinearCall plan(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   int64_t piece_steps = steps, chunk_steps = steps;
   if (num_strips > 1) {  // else no piece of the weights is used twice
     piece_steps = kPieceSteps;
-    const int64_t num_chunks = ceil_div(steps, kMostChunkSteps);
+    const int64_t num_chunks = ceil_div(steps, least(kMostChunkSteps, kMostChunkBytes / Weights::kStripBytes));
     if (num_chunks > 1) chunk_steps = ceil_div(steps, num_chunks * piece_steps) * piece_steps;
   }
   const int64_t strip_bytes = chunk_steps * kLinearRows * Weights::kStripBytes;
@@ -112,7 +127,7 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const bool is_small = x.rows * w.inputs * out.columns < kSerialWork;
   const bool is_short = num_strips <= 2;  // packed before threads wake: it is not worth a barrier
   for (int64_t strip = 0; is_short && strip < num_strips; ++strip)
-    pack_block(0, strip, workspace(Scratch::kPrivate, scratch_bytes));
+    pack_block(call.blocks.part_of(strip), strip, workspace(Scratch::kPrivate, scratch_bytes));
 #pragma omp parallel num_threads(threads) if (threads > 1 && !is_small)
   {
     char* scratch = static_cast<char*>(workspace(Scratch::kPrivate, scratch_bytes));
@@ -129,15 +144,18 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
 }
 
 inline void linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, const Matrix& out, int threads) {
+#ifdef STAFFETTA_BF16_DOT
+  if (x.dtype == kBfloat16) switch (w.kind) {
+      case kWeightBfloat16: return run_linear<Bfloat16Pairs>(w, x, residual, out, threads);
+      case kWeightInt8Only: return run_linear<Int8OnlyPairs>(w, x, residual, out, threads);
+      case kWeightInt4: return run_linear<Int4Pairs>(w, x, residual, out, threads);
+    }
+#endif
   switch (w.kind) {
     case kWeightInt8: return run_linear<Int8Weights>(w, x, residual, out, threads);
-#ifdef STAFFETTA_BF16_DOT
-    case kWeightBfloat16:
-      if (x.dtype == kBfloat16) return run_linear<Bfloat16Pairs>(w, x, residual, out, threads);
-      return run_linear<Bfloat16Weights>(w, x, residual, out, threads);
-#else
+    case kWeightInt8Only: return run_linear<Int8OnlyWeights>(w, x, residual, out, threads);
+    case kWeightInt4: return run_linear<Int4Weights>(w, x, residual, out, threads);
     case kWeightBfloat16: return run_linear<Bfloat16Weights>(w, x, residual, out, threads);
-#endif
     default: return run_linear<Float32Weights>(w, x, residual, out, threads);
   }
 }

@@ -67,6 +67,25 @@ void copy_int8(const Matrix& weight, int64_t output, int8_t* panel, int32_t* sum
   }
 }
 
+// `begin` of this and the next is a multiple of eight.
+void copy_int8_only(const Matrix& weight, int64_t output, int64_t begin, int64_t end, int8_t* panel) {
+  const int8_t* row = static_cast<const int8_t*>(weight.data) + output * weight.row_stride;
+  const bool is_real = output < weight.rows;
+  for (int64_t k = begin; k < padded(end, 4); ++k)
+    panel[k * kPanel + output % kPanel] = is_real && k < end ? row[k] : 0;
+}
+
+void copy_int4(const Matrix& weight, int64_t output, int64_t begin, int64_t end, uint32_t* panel) {
+  const int8_t* row = static_cast<const int8_t*>(weight.data) + output * weight.row_stride;
+  const bool is_real = output < weight.rows;
+  for (int64_t k = begin; k < end; k += 8) {
+    uint32_t word = 0;
+    for (int64_t i = 0; is_real && i < std::min<int64_t>(8, end - k); ++i)
+      word |= static_cast<uint32_t>(row[k + i] & 15) << (i % 2 ? 2 * i - 2 : 2 * i + 16);
+    panel[k / 8 * kPanel + output % kPanel] = word;
+  }
+}
+
 void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale, int32_t* sum) {
   const bool is_real = output < weight.rows;
   float largest = 0;
@@ -86,7 +105,8 @@ void pack_int8(const Matrix& weight, int64_t output, int8_t* panel, float* scale
 
 int64_t packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) {
   const int64_t rows = padded(outputs, kPanel);
-  if (kind == kWeightInt8) return rows * padded(inputs, 4);
+  if (kind == kWeightInt8 || kind == kWeightInt8Only) return rows * padded(inputs, 4);
+  if (kind == kWeightInt4) return rows * padded(inputs, 8) / 2;
   return kind == kWeightBfloat16 ? rows * padded(inputs, 2) * 2 : rows * inputs * 4;
 }
 
@@ -102,6 +122,14 @@ void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32
     } else if (kind == kWeightBfloat16) {
       for_each_tile(weight, panel, [&](int64_t output, int64_t begin, int64_t end) {
         pack_bfloat16(weight, output, begin, end, reinterpret_cast<uint16_t*>(to));
+      });
+    } else if (kind == kWeightInt8Only) {
+      for_each_tile(weight, panel, [&](int64_t output, int64_t begin, int64_t end) {
+        copy_int8_only(weight, output, begin, end, reinterpret_cast<int8_t*>(to));
+      });
+    } else if (kind == kWeightInt4) {
+      for_each_tile(weight, panel, [&](int64_t output, int64_t begin, int64_t end) {
+        copy_int4(weight, output, begin, end, reinterpret_cast<uint32_t*>(to));
       });
     } else {
       for (int64_t output = panel * kPanel; output < (panel + 1) * kPanel; ++output) {

@@ -4,7 +4,7 @@
 // pieces, and the pieces of a block of rows lie in the order in which it is computed, [pieces][strips][steps][rows], so
 // that every panel meets one stream of memory from end to end. Which rows share a strip changes no bit of any.
 #pragma once
-#include "weights.h"
+#include "advance.h"
 #include "workspace.h"
 
 namespace STAFFETTA_ISA {
@@ -49,12 +49,12 @@ int64_t scratch_row(const LinearCall& call) {
 template <class Weights>
 inline void pack_row(const LinearCall& call, int64_t m, float* to) {
   widen(call.x.dtype, row_of(call.x, m), call.x.columns, to);
-  if (Weights::kStepInputs == 2) to[call.x.columns] = 0;
+  for (int64_t k = call.x.columns; k < call.steps * Weights::kStepInputs; ++k) to[k] = 0;
 }
 
 #ifdef STAFFETTA_BF16_DOT
-template <>
-inline void pack_row<Bfloat16Pairs>(const LinearCall& call, int64_t m, float* to) {
+// Likewise for pairs, [padded_inputs / 2].
+inline void pack_pairs(const LinearCall& call, int64_t m, int64_t padded_inputs, float* to) {
   const int64_t inputs = call.x.columns;
   const char* from = row_of(call.x, m);
   char* pairs = reinterpret_cast<char*>(to);
@@ -64,10 +64,21 @@ inline void pack_row<Bfloat16Pairs>(const LinearCall& call, int64_t m, float* to
     pair = pair << 16 | pair >> 16;  // the earlier input belongs in the high half
     std::memcpy(pairs + step * 4, &pair, 4);
   }
-  if (inputs % 2) {
-    std::memset(pairs + inputs * 2 - 2, 0, 2);
-    std::memcpy(pairs + inputs * 2, from + inputs * 2 - 2, 2);
-  }
+  std::memset(pairs + inputs / 2 * 4, 0, padded_inputs * 2 - inputs / 2 * 4);
+  if (inputs % 2) std::memcpy(pairs + inputs * 2, from + inputs * 2 - 2, 2);
+}
+
+template <>
+inline void pack_row<Bfloat16Pairs>(const LinearCall& call, int64_t m, float* to) {
+  pack_pairs(call, m, call.steps * Bfloat16Pairs::kStepInputs, to);
+}
+template <>
+inline void pack_row<Int8OnlyPairs>(const LinearCall& call, int64_t m, float* to) {
+  pack_pairs(call, m, call.steps * Int8OnlyPairs::kStepInputs, to);
+}
+template <>
+inline void pack_row<Int4Pairs>(const LinearCall& call, int64_t m, float* to) {
+  pack_pairs(call, m, call.steps * Int4Pairs::kStepInputs, to);
 }
 #endif
 

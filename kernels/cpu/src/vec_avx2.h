@@ -62,6 +62,11 @@ inline IVec dot4(IVec sum, IVec a, IVec b) {
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }
 
+inline Vec load_int8(const char* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Vec low_nibble(IVec x) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 28), 28)); }
+
 inline IVec iadd(IVec a, IVec b) { return _mm256_add_epi32(a, b); }
 inline IVec xor3(IVec a, IVec b, IVec c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 template <int kBits>

@@ -63,6 +63,16 @@ inline void store_bytes(void* p, IVec x) {  // the lowest byte of each lane
 // sum + four products of unsigned bytes of a with signed bytes of b, exact.
 inline IVec dot4(IVec sum, IVec a, IVec b) { return _mm512_dpbusd_epi32(sum, a, b); }
 
+// Signed bytes.
+inline Vec load_int8(const char* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// The lowest four bits of each lane as a signed number. The permutation looks at no others.
+inline Vec low_nibble(IVec x) {
+  const Vec numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  return _mm512_permutexvar_ps(x, numbers);
+}
+
 inline IVec iadd(IVec a, IVec b) { return _mm512_add_epi32(a, b); }
 inline IVec xor3(IVec a, IVec b, IVec c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 template <int kBits>
@@ -84,6 +94,19 @@ inline IVec second_pairs(IVec a, IVec b) { return _mm512_unpackhi_epi64(a, b); }
 inline uint32_t lanes_not_below(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 
 #ifdef STAFFETTA_BF16_DOT
+// Floats that are bfloat16 already, as pairs: early in the high halves, late in the low ones.
+inline IVec join_halves(Vec early, Vec late) {
+  return _mm512_or_si512(_mm512_castps_si512(early), _mm512_srli_epi32(_mm512_castps_si512(late), 16));
+}
+// The lowest four bits of each half of a lane as a signed bfloat16. The permutation looks at five: each stands twice.
+inline IVec low_nibbles_bf16(IVec x) {
+  const IVec numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,  // 0 to 7
+      static_cast<int16_t>(0xc100), static_cast<int16_t>(0xc0e0), static_cast<int16_t>(0xc0c0),
+      static_cast<int16_t>(0xc0a0), static_cast<int16_t>(0xc080), static_cast<int16_t>(0xc040),
+      static_cast<int16_t>(0xc000), static_cast<int16_t>(0xbf80)));  // -8 to -1
+  return _mm512_permutexvar_epi16(x, numbers);
+}
 // sum + high x high, rounded, + low x low, rounded; bfloat16 pairs, subnormals are 0.
 inline Vec dot2(Vec sum, IVec a, IVec b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));

@@ -94,6 +94,13 @@ inline IVec dot4(IVec sum, IVec a, IVec b) {
   });
 }
 
+inline Vec load_int8(const char* p) {
+  return each<Vec>([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); });
+}
+inline Vec low_nibble(IVec x) {
+  return each<Vec>([&](int i) { return static_cast<float>(((x.lane[i] & 15) ^ 8) - 8); });
+}
+
 inline IVec iadd(IVec a, IVec b) {
   return each<IVec>([&](int i) {
     return static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) + static_cast<uint32_t>(b.lane[i]));

@@ -64,8 +64,10 @@ class WorkerConfig(ModelConfig):
     advertise: str = setting("", "host:port that peers dial; empty means the listening address", form="address")
     gateways: tuple[str, ...] = setting((), "host:port of every gateway to register with", form="address")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
-    quantization: Literal["none", "int8"] = setting(
-        "none", "int8 makes 8-bit integers of linear weights at load, and of activations token by token"
+    quantization: Literal["none", "int8", "int8-weight", "int4"] = setting(
+        "none",
+        "of linear weights at load: int8 (8-bit integers, of activations too, token by token), int8-weight (of weights "
+        "alone), int4 (4-bit integers, of weights alone)",
     )
     threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
     block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
@@ -165,8 +167,10 @@ class ServeConfig(ModelConfig):
         16, "uncached prompt tokens up to which decode prefills on its own; 16 is one block"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "type of computation and KV; auto: float32 on CPU")
-    quantization: Literal["none", "int8"] = setting(
-        "none", "int8 makes 8-bit integers of linear weights at load, and of activations token by token"
+    quantization: Literal["none", "int8", "int8-weight", "int4"] = setting(
+        "none",
+        "of linear weights at load: int8 (8-bit integers, of activations too, token by token), int8-weight (of weights "
+        "alone), int4 (4-bit integers, of weights alone)",
     )
     threads: int = setting(
         0, "threads per worker; 0 shares the cores out, but gives a worker two where its role's others leave two"

@@ -15,6 +15,8 @@ KINDS = {
     "float32": (torch.float32, WeightFormat.AS_GIVEN),
     "bfloat16": (torch.bfloat16, WeightFormat.AS_GIVEN),
     "int8": (torch.float32, WeightFormat.INT8),
+    "int8-weight": (torch.float32, WeightFormat.INT8_WEIGHT),
+    "int4": (torch.bfloat16, WeightFormat.INT4),
 }
 
 
@@ -90,6 +92,20 @@ def test_tensors_that_are_not_a_layers_are_refused(change: str) -> None:
     alter(kept)
     with pytest.raises(ValueError, match=message):
         backend.packing.restore(kept)
+
+
+@pytest.mark.parametrize("kind", ["int8-weight", "int4"])
+def test_scales_are_as_many_as_a_format_has(kind: str) -> None:
+    # One scale per output where rows stay as they are, and per output and group of 64 inputs: 19 are one group.
+    backend = CpuBackend(threads=1)
+    kept = dict(backend.packing.tensors(make_layers(backend, kind)[0]))
+    assert list(kept) == ["shape", "panels", "scales"]
+    assert kept["scales"].shape == (64,)
+    for changes in ({"scales": torch.zeros(32)}, {"scales": torch.zeros(128)}, {"sums": torch.zeros(64).int()}):
+        with pytest.raises(ValueError, match=f"a packed layer's {next(iter(changes))} are"):
+            backend.packing.restore(kept | changes)
+    wide = backend.prepare_linear(torch.ones(37, 65), stored=KINDS[kind][1])
+    assert len(backend.packing.tensors(wide)["scales"]) == (128 if kind == "int4" else 64)
 
 
 def test_a_layer_of_another_backend_is_not_packed() -> None:

@@ -111,6 +111,50 @@ def test_integers_and_scales_come_together(weight: Tensor, scales: Tensor | None
             each.prepare_gated_linear((weight, None), (weight, None), scales=pair)
 
 
+@pytest.mark.parametrize("stored", [WeightFormat.INT8_WEIGHT, WeightFormat.INT4])
+def test_integers_are_not_made_into_others(stored: WeightFormat) -> None:
+    weight, scales = torch.ones(4, 8, dtype=torch.int8), torch.ones(4)
+    for each in (CpuBackend(threads=1), REFERENCE):
+        with pytest.raises(ValueError, match=f"an int8 weight is multiplied as int8, not as {stored.value}"):
+            each.prepare_linear(weight, stored=stored, scales=scales)
+        with pytest.raises(ValueError, match=f"an int8 weight is multiplied as int8, not as {stored.value}"):
+            each.prepare_gated_linear((weight, None), (weight, None), stored=stored, scales=(scales, scales))
+
+
+def spread_integers(outputs: int, inputs: int, *, low: int, high: int) -> Tensor:
+    """Every integer of the range in turn, at another place in every row."""
+    return (torch.arange(outputs)[:, None] * 7 + torch.arange(inputs) * 3) % (high - low + 1) + low
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_8_bit_weight_is_multiplied_as_what_it_is(backend: CpuBackend, dtype: torch.dtype) -> None:
+    # A row of the identity picks an input's weights: what comes back is exact.
+    inputs, outputs = 259, 70
+    weight = spread_integers(outputs, inputs, low=-127, high=127).float()
+    weight[:, 0] = 127  # makes every scale 1
+    layer = backend.prepare_linear(weight, stored=WeightFormat.INT8_WEIGHT)
+    assert torch.equal(layer(torch.eye(inputs, dtype=dtype)).float(), weight.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_4_bit_weight_is_multiplied_as_what_it_is(backend: CpuBackend, dtype: torch.dtype) -> None:
+    # Groups of 64 and a smaller one, each with a scale of its own, of either sign.
+    inputs, outputs = 3 * 64 + 19, 70
+    weight = spread_integers(outputs, inputs, low=-7, high=7).float()
+    weight[:, ::64] = -8
+    weight *= torch.tensor([1.0, -2.0, 0.25, 4.0]).repeat_interleave(64)[:inputs]
+    layer = backend.prepare_linear(weight, stored=WeightFormat.INT4)
+    assert torch.equal(layer(torch.eye(inputs, dtype=dtype)).float(), weight.T)
+
+
+def test_integers_for_weights_alone_take_rows_as_they_are(backend: CpuBackend) -> None:
+    # What quantized rows would lose: an input of a ten-thousandth of the row's largest.
+    weight, x = torch.full((33, 70), 3.0), torch.tensor([[1.0, 1e-4, *[0.0] * 68]])
+    expected = torch.full((1, 33), 3.0003)
+    for stored in (WeightFormat.INT8_WEIGHT, WeightFormat.INT4):
+        torch.testing.assert_close(backend.prepare_linear(weight, stored=stored)(x), expected, rtol=1e-7, atol=0)
+
+
 @pytest.mark.parametrize("stored", WeightFormat, ids=lambda stored: stored.name.lower())
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_reaches_its_row_and_no_other(backend: CpuBackend, stored: WeightFormat, bad: float) -> None:
