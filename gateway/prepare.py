@@ -82,8 +82,9 @@ def sampling_within(prepared: Prepared, limits: Limits) -> common_pb2.SamplingPa
     if asked is None:
         num_left = limits.max_model_len - len(prepared.token_ids)
         sampling.max_tokens = min(num_left, prepared.default_max_tokens or num_left)
-    validate.check_sampling(validate.sampling_of(sampling), limits)
-    validate.check_prompt_scores(len(prepared.token_ids), validate.sampling_of(sampling))
+    resolved = validate.sampling_of(sampling)
+    validate.check_sampling(resolved, limits)
+    validate.check_prompt_scores(len(prepared.token_ids), resolved)
     return sampling
 
 

@@ -106,9 +106,9 @@ def _on_session(
     return Way(name, take)
 
 
-def _twice(requests: Sequence[Asked], answers: Sequence[AnswerBits]) -> list[tuple[Start, AnswerBits]]:
-    """Every request and its answer two times over, so that also a few requests are too many for the pool."""
-    return 2 * list(zip(map(Start, requests), answers, strict=True))
+def _thrice(requests: Sequence[Asked], answers: Sequence[AnswerBits]) -> list[tuple[Start, AnswerBits]]:
+    """Every request and its answer three times over, so that also a few requests are too many for the pool."""
+    return 3 * list(zip(map(Start, requests), answers, strict=True))
 
 
 REFERENCE: Final = sending("alone", observed.alone, observed.copies)
@@ -117,7 +117,7 @@ PREEMPTED: Final = _on_session(
     observed.recomputed,
     observed.preempted_forks,
     observed.some_copies,
-    pairs_of=_twice,
+    pairs_of=_thrice,
 )
 PARTIAL_HIT: Final = sending(
     "partial prefix hit on decode",
