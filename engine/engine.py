@@ -118,6 +118,10 @@ class Engine:
             if choice_index in sequence.choices:
                 sequence.grant(choice_index, tokens)
 
+    def has_work(self) -> bool:
+        """Whether a request has no ending yet, or an ending is still to be told. Held prefills have theirs."""
+        return bool(self._news) or any(s.state is not SequenceState.HELD for s in self._live)
+
     def step(self) -> StepOutput | None:
         """Takes the source's news in, computes one step, and returns all that is new.
 
