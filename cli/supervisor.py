@@ -1,7 +1,7 @@
 """Keeps the processes of `staffetta serve` running: one gateway, one zygote, and the workers that the zygote forks.
 
-Every child has one task here that starts it, waits for its end, decides what follows (`cli.restart`) and starts it
-again. A worker keeps its name over restarts. The supervisor never serves a request, and it never blocks: everything
+Every child has one task here that starts it, waits for its end, decides what follows (`staffetta.restart`) and starts
+it again. A worker keeps its name over restarts. The supervisor never serves a request, and it never blocks: everything
 happens on one event loop.
 
 Ends: `drain` lets running requests finish; `kill` ends everything at once. Should this process be killed instead, the
@@ -21,11 +21,11 @@ from typing import Final
 from cli.logs import LogRelay
 from cli.messages import Fork
 from cli.plan import ServePlan, WorkerPlan
-from cli.restart import Backoff, describe_status, final_code
 from cli.zygote_link import ForkRefusedError, ZygoteLink, ZygoteLostError
 from staffetta.config.environment import child_environment
 from staffetta.config.resolved import encode
 from staffetta.exits import REPEATING, ExitCode, OperatorError
+from staffetta.restart import Backoff, describe_status, final_code
 
 _QUIET: Final = {"GRPC_VERBOSITY": "ERROR"}
 """gRPC's core tells of every connection that ends; who needs to know is told by our own code."""

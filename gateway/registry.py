@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 import grpc.aio
 
-from gateway.workers import Worker, Workers
+from gateway.membership import Membership, Worker
 from staffetta import validate
 from staffetta.errors import IncompatiblePeerError, InvalidRequestError, ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.session import SILENT_HEARTBEATS
@@ -28,7 +28,7 @@ _ROLES: Final = (common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_DECODE)
 class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     """Serves workers. Event loop only."""
 
-    def __init__(self, workers: Workers, *, model_digest: str, key_fingerprint: str, heartbeat_s: float) -> None:
+    def __init__(self, workers: Membership, *, model_digest: str, key_fingerprint: str, heartbeat_s: float) -> None:
         self._workers = workers
         self._model_digest = model_digest
         self._key_fingerprint = key_fingerprint
@@ -61,17 +61,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> registry_pb2.ListWorkersResponse:
         """Lists the workers that are registered now."""
         del request, context
-        return registry_pb2.ListWorkersResponse(
-            workers=[
-                registry_pb2.RegisteredWorker(
-                    announcement=worker.announcement,
-                    load=worker.load,
-                    links=worker.links,
-                    has_session=worker.session is not None,
-                )
-                for worker in self._workers
-            ]
-        )
+        return self._workers.listed()
 
     def _admit(self, first: registry_pb2.RegisterRequest) -> Worker:
         announcement = first.announcement
@@ -122,10 +112,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         due = 1
         while report is not None and not worker.has_left:
             if report.sequence_number != due and not report.is_snapshot:
-                # What was lost may have been a removal: nothing of the index can be believed.
                 log.info("%s: report %d came where %d was due", worker.worker_id, report.sequence_number, due)
-                worker.cached_blocks.clear()
-                worker.wants_snapshot = True
+                self._workers.forget_cache(worker)
             due = report.sequence_number + 1
             self._workers.report(worker, report)
             report = await self._receive(context)

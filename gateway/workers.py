@@ -1,112 +1,47 @@
-"""The registered workers: who is there, how loaded they are, what they hold in cache, and the sessions to decode
-workers.
+"""The registered workers and this process's sessions to those that decode.
 
-Membership is what the registry's streams say and nothing else. A worker that left takes no new requests; its session
-goes on until the requests on it have ended or it breaks by itself. Event loop only.
+A worker that left takes no new requests; its session goes on until the requests on it have ended or it breaks by
+itself. Event loop only.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from typing import Final
 
+from gateway.membership import Membership, Worker
 from gateway.router import DecodeView, Route, Snapshot, WorkerView
 from gateway.session import DecodeSession, run_session
 from staffetta.errors import StaffettaError
-from staffetta.v1 import common_pb2, registry_pb2
+from staffetta.v1 import registry_pb2
 
 REOPEN_S: Final = 0.2
 
 log = logging.getLogger(__name__)
 
 
-class Worker:
-    """One registered worker, changed by `Workers` alone."""
-
-    def __init__(self, announcement: registry_pb2.WorkerAnnouncement) -> None:
-        self.announcement: Final = announcement
-        self.worker_id: Final = announcement.identity.worker_id
-        self.load = registry_pb2.WorkerLoad()
-        self.links: tuple[registry_pb2.PeerLink, ...] = ()
-        self.cached_blocks: set[int] = set()
-        self.session: DecodeSession | None = None
-        self.keeper: asyncio.Task[None] | None = None
-        self.has_left = False
-        self.wants_snapshot = False
-        self.last_chosen = 0
-        self.num_routed_tokens = 0
-        """Prompt tokens routed here since the last report, which cannot know of them yet."""
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether it generates tokens."""
-        return self.announcement.identity.role == common_pb2.WORKER_ROLE_DECODE
-
-    @property
-    def block_size(self) -> int:
-        """Token positions in one of its KV blocks."""
-        return self.announcement.identity.layout.groups[0].block_size
-
-
-class Workers:
+class Workers(Membership):
     """All registered workers, and one task for each decode worker that keeps a session to it open."""
 
     def __init__(self, *, gateway_id: str, heartbeat_s: float) -> None:
+        super().__init__()
         self._gateway_id = gateway_id
         self._heartbeat_s = heartbeat_s
-        self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._change = asyncio.Event()
         self._num_choices = 0
 
-    def __iter__(self) -> Iterator[Worker]:
-        return iter(sorted(self._workers.values(), key=lambda worker: worker.worker_id))
-
     def join(self, announcement: registry_pb2.WorkerAnnouncement) -> Worker:
-        """Registers a worker. Another of the same name has left by that: a restart is told apart by its incarnation."""
-        worker = Worker(announcement)
-        if (former := self._workers.get(worker.worker_id)) is not None:
-            self.leave(former)
-        self._workers[worker.worker_id] = worker
+        """Registers a worker, and opens a session to one that decodes."""
+        worker = super().join(announcement)
         if worker.is_decode:
             worker.keeper = self._spawn(self._keep_session(worker), name=f"session-{worker.worker_id}")
-        log.info("%s joined: %s", worker.worker_id, announcement.backend)
-        self._notify()
         return worker
 
     def leave(self, worker: Worker) -> None:
-        """Removes a worker from routing. Idempotent, also after another has taken its name."""
-        if worker.has_left:
-            return
-        worker.has_left = True
-        del self._workers[worker.worker_id]
-        if worker.keeper is not None:
+        """Removes a worker from routing; its session ends with its last request. Idempotent."""
+        if worker.keeper is not None and not worker.has_left:
             self._spawn(self._retire(worker, worker.keeper), name=f"retire-{worker.worker_id}")
-        log.info("%s left", worker.worker_id)
-        self._notify()
-
-    def report(self, worker: Worker, report: registry_pb2.RegisterRequest) -> None:
-        """Takes one report of load, links and cache."""
-        worker.load = report.load
-        worker.links = tuple(report.links)
-        worker.num_routed_tokens = 0
-        if report.is_snapshot:
-            worker.cached_blocks.clear()
-        worker.cached_blocks.difference_update(report.removed_blocks)
-        worker.cached_blocks.update(report.stored_blocks)
-        self._notify()
-
-    def prefill_peers(self) -> tuple[registry_pb2.Peer, ...]:
-        """The prefill workers that every decode worker should have a session to."""
-        return tuple(
-            registry_pb2.Peer(
-                worker_id=worker.worker_id,
-                incarnation=worker.announcement.identity.incarnation,
-                address=worker.announcement.address,
-            )
-            for worker in self
-            if not worker.is_decode
-        )
+        super().leave(worker)
 
     def snapshot(self) -> Snapshot:
         """What the router decides on. Decode workers without an open session are not in it."""
@@ -138,10 +73,6 @@ class Workers:
     def max_requests(self) -> int | None:
         """The most choices any decode worker with a session holds at once; None when there is none."""
         return max((worker.session.max_requests for worker in self if worker.session is not None), default=None)
-
-    async def wait_for_change(self) -> None:
-        """Returns at the next join, leave, report, or opening or end of a session."""
-        await self._change.wait()
 
     async def close(self) -> None:
         """Ends every session."""
@@ -184,10 +115,6 @@ class Workers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _notify(self) -> None:
-        self._change.set()
-        self._change = asyncio.Event()
 
 
 def _decode_view(worker: Worker, session: DecodeSession) -> DecodeView:

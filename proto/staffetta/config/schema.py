@@ -140,7 +140,15 @@ class GatewayConfig(ModelConfig):
     """The gateway role."""
 
     http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
-    grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door and the registry", form="address")
+    grpc: str = setting(
+        "127.0.0.1:50051", "host:port of the gRPC door; with one process of the registry too", form="address"
+    )
+    workers: int = setting(
+        1, "processes that share the doors; more than one have the registry in their parent", minimum=1, maximum=64
+    )
+    registry: str = setting(
+        "127.0.0.1:50050", "host:port where prefill and decode workers register when workers is above 1", form="address"
+    )
     max_requests: int = setting(
         4096, "requests in flight, each choice counted; beyond it they are refused with a retry hint", minimum=1
     )
@@ -161,6 +169,7 @@ class ServeConfig(ModelConfig):
     decode: int = setting(1, "decode workers", minimum=1)
     http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
     grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door", form="address")
+    gateway_workers: int = setting(1, "gateway processes that share the doors", minimum=1, maximum=64)
     once: str = setting("", "prompt to answer once, then exit")
     no_local_prefill: bool = setting(False, "decode workers never prefill: every prompt is handed over")
     local_prefill_max_tokens: int = setting(

@@ -39,3 +39,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # A second server on a taken port is an error, not a silent load balancer.
     ("grpc.so_reuseport", 0),
 )
+
+SHARED_PORT_OPTIONS: tuple[tuple[str, int], ...] = (
+    *(option for option in SERVER_OPTIONS if option[0] != "grpc.so_reuseport"),
+    # For the processes of one server whose parent holds the port against everybody else.
+    ("grpc.so_reuseport", 1),
+)

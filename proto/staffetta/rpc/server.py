@@ -22,13 +22,19 @@ class BindError(OSError):
 class RpcServer:
     """A grpc.aio server with the services every process has. Event loop only."""
 
-    def __init__(self, service_names: Sequence[str], *, max_concurrent_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        service_names: Sequence[str],
+        *,
+        max_concurrent_calls: int | None = None,
+        options: Sequence[tuple[str, int]] = SERVER_OPTIONS,
+    ) -> None:
         """`service_names` are the full names of the services the caller will add to `self.grpc`.
 
         Calls beyond `max_concurrent_calls` are refused with RESOURCE_EXHAUSTED before they reach a handler; None sets
-        no bound.
+        no bound. `options` are gRPC's.
         """
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_concurrent_calls)
+        self.grpc = grpc.aio.server(options=options, maximum_concurrent_rpcs=max_concurrent_calls)
         self._service_names = tuple(service_names)
         self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

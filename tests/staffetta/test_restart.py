@@ -4,8 +4,8 @@ import signal
 
 import pytest
 
-from cli.restart import Backoff, describe_status, final_code
 from staffetta.exits import ExitCode
+from staffetta.restart import Backoff, describe_status, final_code
 
 
 def test_delays_double_from_nothing_to_five_seconds() -> None:
