@@ -17,6 +17,7 @@ from bench.record import Record
 from bench.target import TargetError
 
 CONNECT_TIMEOUT_S: Final = 10.0
+OPEN_TIMEOUT_S: Final = 10.0
 _END_OF_EVENT: Final = b"\n\n"
 
 
@@ -38,8 +39,13 @@ class HttpTarget:
     async def open(self) -> None:
         """Asks which model is served; the first one is measured."""
         connection = await self._connect()
-        response = await connection.exchange(self._head("GET", "/v1/models", 0))
-        connection.close()
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                response = await connection.exchange(self._head("GET", "/v1/models", 0))
+        except TimeoutError as error:
+            raise TargetError(f"{self._name} has not listed its models after {OPEN_TIMEOUT_S:g} s") from error
+        finally:
+            connection.close()
         try:
             self._model = str(json.loads(response.body)["data"][0]["id"])
         except (ValueError, LookupError, TypeError) as error:

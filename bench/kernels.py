@@ -212,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
         seconds=options.seconds,
         limits=measure_limits(threads=options.threads),
     )
-    print(f"{backend.name}\n\n{limits_table(limits)}\n\n{kernels_table(results)}")
+    print(f"{backend.name}\n\n{limits_table([limits])}\n\n{kernels_table(results)}")
     if options.output:
         content = {"limits": dataclasses.asdict(limits), "kernels": [result_fields(result) for result in results]}
         write_result(options.output, content)

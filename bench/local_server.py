@@ -25,12 +25,14 @@ class ServerEndedError(RuntimeError):
 
 
 class LocalServer:
-    """One `staffetta serve DIR` with `flags`; a context manager. `start_s` is from its start to its ready block."""
+    """One `staffetta serve DIR` with `flags`; a context manager. `start_s` is from start to ready block; all its
+    processes descend from `pid`."""
 
     def __init__(self, name: str, model: Path, flags: Sequence[str]) -> None:
         self.name = name
         self.arguments = ("serve", str(model), *flags)
         self.start_s = 0.0
+        self.pid = 0
         self.http = ""
         self.grpc = ""
         self._stack = contextlib.ExitStack()
@@ -65,6 +67,7 @@ class LocalServer:
                 raise ServerEndedError(f"{self.command} is not ready:\n{_tail(log.fileno())}")
             ready = json.loads(line)
             self.start_s = time.monotonic() - started
+            self.pid = process.pid
             self.http, self.grpc = ready["http"], ready["grpc"]
             self._stack = stack.pop_all()
         return self

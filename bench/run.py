@@ -1,8 +1,9 @@
 """`make bench`: our own system on this machine, whole: limits, kernels, and W1 to W4 colocated and handed over.
 
 1. The checkpoint is written, once. 2. The machine's limits are measured. 3. The kernels (`bench.kernels`). 4. For each
-way of storing weights, one server that prefills where it decodes and one that hands over alternate over the workloads.
-5. Tables with the limits in them, and one JSON file. `--quick` measures W1 and W2 once and takes under two minutes.
+way of storing weights, one server that prefills where it decodes and one that hands over alternate over the workloads,
+each stopped outside its turns; the limits are measured again after every round. 5. Tables, the bars that need no peer,
+and one JSON file. `--quick` measures W1 and W2 once and takes under two minutes.
 """
 
 import argparse
@@ -15,17 +16,18 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from bench.bars import Bar, bar_fields, bars_table, limit_bars, own_bars
+from bench.freeze import Turns
 from bench.kernels import MEASURED_SHAPES, STORED, KernelResult, kernels_table, measure_kernels, result_fields
-from bench.limits import Limits, best_limits, limits_table, measure_limits
+from bench.limits import LimitProbe, Limits, limits_table, measure_limits
 from bench.local_server import LocalServer
 from bench.machine import describe_machine
 from bench.make_checkpoint import CheckpointFormat, make_checkpoint
-from bench.measure import Measurement, Observer, PhaseResult, measurement_table
-from bench.record import medians
+from bench.measure import Measurement, Observer, conditions, measurement_table
+from bench.model_costs import Arithmetic, ModelCosts
 from bench.result import write_result
 from bench.serve import add_plan_arguments, make_plan, measure_now, tell
 from bench.shapes import SHAPES, ModelShape
-from bench.table import format_table
 from bench.workload import W1, W2, WORKLOADS
 from kernels.backend import select
 
@@ -34,7 +36,6 @@ RESULTS: Final = Path("bench/results")
 _SEED: Final = 1
 _QUICK_WORKLOADS: Final = (W1.name, W2.name)
 _PROBE_S: Final = 0.2
-_BETWEEN_S: Final = 0.05
 _KERNEL_WEIGHTS: Final = ("bf16", "int8")
 
 
@@ -53,35 +54,26 @@ class Weights(Enum):
         return CheckpointFormat.W8A8 if self is Weights.W8A8 else CheckpointFormat.BF16
 
     @property
+    def arithmetic(self) -> Arithmetic:
+        """What they are computed in."""
+        return Arithmetic.BF16 if self is Weights.BF16 else Arithmetic.INT8
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """What `staffetta serve` is told."""
         return ("--quantization", "int8") if self is Weights.INT8 else ()
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
-    """What W1 cannot be faster than on this machine, in milliseconds."""
-
-    ttft_ms: float
-    tpot_ms: float
-
-
-def floor_of(weights: Weights, shape: ModelShape, limits: Limits) -> Floor:
-    """W1's floor: every weight read once a token; a prompt's operations at the best GEMM rate for its weights."""
-    is_bf16 = weights is Weights.BF16
-    rate = max(limits.gemm_float32, limits.gemm_bfloat16) if is_bf16 else limits.gemm_int8
-    weight_bytes = shape.decode_bytes(layer_weight_bytes=2 if is_bf16 else 1)
-    return Floor(shape.prefill_flops(W1.prompt_tokens) / rate / 1e6, weight_bytes / limits.read / 1e6)
-
-
-@dataclass(frozen=True, slots=True)
 class SystemResult:
-    """One way of storing weights: each server's command and seconds to its ready block, and what was measured."""
+    """One way of storing weights: each server's command and seconds to its ready block, and what was measured, the
+    machine's limits after each round of a workload included."""
 
     weights: str
     commands: dict[str, str]
     start_s: dict[str, float]
     measurement: Measurement
+    limits: dict[str, list[Limits]]
 
 
 def checkpoint(name: str, stored: CheckpointFormat) -> Path:
@@ -109,51 +101,37 @@ def run_kernels(limits: Limits) -> tuple[list[KernelResult], Limits]:
     return measure_kernels(backend, names=MEASURED_SHAPES, stored=stored, seconds=_PROBE_S, limits=limits)
 
 
-class LimitProbe:
-    """Measures the limits again and again, and keeps the best: a busy neighbour hides them at any one moment."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-
-    def again(self) -> None:
-        """Takes about a second."""
-        self.limits = best_limits(self.limits, measure_limits(threads=self.limits.threads, seconds=_BETWEEN_S))
-
-
-def run_system(weights: Weights, options: argparse.Namespace, probe: LimitProbe) -> SystemResult:
+def run_system(weights: Weights, options: argparse.Namespace) -> SystemResult:
     """Starts both servers, measures them and the limits in turns, ends them."""
     shape = SHAPES[options.shape]
     model = checkpoint(options.shape, weights.checkpoint)
     plan = make_plan(options, [WORKLOADS[name] for name in options.workloads])
     plan = dataclasses.replace(plan, vocab_size=shape.vocab_size)
-    both = servers(weights, model, threads=probe.limits.threads)
+    both = servers(weights, model, threads=options.threads)
+    probe = LimitProbe(threads=options.threads)
     with ExitStack() as stack:
         for server in both:
             stack.enter_context(server)
-        measurement = measure_now([server.target for server in both], plan, Observer(tell, probe.again))
+        turns = Turns({server.name: server.pid for server in both})
+        measurement = measure_now([server.target for server in both], plan, Observer(tell, probe.again), turns)
     return SystemResult(
         weights=weights.value,
         commands={server.name: server.command for server in both},
         start_s={server.name: server.start_s for server in both},
         measurement=measurement,
+        limits=probe.samples,
     )
 
 
-def floor_table(results: Sequence[SystemResult], shape: ModelShape, limits: Limits) -> str:
-    """W1 beside its floor: shares of what the machine can do."""
-    rows = [
-        (system.weights, found.target, *_beside(found, floor_of(Weights(system.weights), shape, limits)))
-        for system in results
-        for found in system.measurement.results
-        if found.phase == W1.name
-    ]
-    return format_table(("weights", "server", "TTFT ms", "floor", "share", "TPOT ms", "floor", "× floor"), rows)
-
-
-def _beside(found: PhaseResult, floor: Floor) -> tuple[float, ...]:
-    middle = medians(found.rounds)
-    ttft, tpot = middle.ttft_p50_ms, middle.tpot_p50_ms
-    return ttft, floor.ttft_ms, floor.ttft_ms / ttft, tpot, floor.tpot_ms, tpot / floor.tpot_ms
+def system_bars(system: SystemResult, shape: ModelShape) -> list[Bar]:
+    """What both servers reach of the machine, and of themselves."""
+    arithmetic = Weights(system.weights).arithmetic
+    costs = ModelCosts.from_shape(shape, arithmetic)
+    bars: list[Bar] = []
+    for server in system.commands:
+        bars += limit_bars(system.measurement, server=server, costs=costs, limits=system.limits)
+        bars += own_bars(system.measurement, server=server, arithmetic=arithmetic)
+    return bars
 
 
 def main(argv: Sequence[str]) -> int:
@@ -174,20 +152,22 @@ def main(argv: Sequence[str]) -> int:
     if not options.quick:
         kernels, limits = run_kernels(limits)
         print(f"kernels\n\n{kernels_table(kernels)}\n", flush=True)
-    probe = LimitProbe(limits)
-    systems = []
+    systems, bars, samples = list[SystemResult](), list[Bar](), [limits]
     for name in options.weights:
-        system = run_system(Weights(name), options, probe)
+        system = run_system(Weights(name), options)
         systems.append(system)
-        print(f"{name}\n\n{measurement_table(system.measurement)}\n", flush=True)
-    limits = probe.limits
-    print(f"limits of this machine\n\n{limits_table(limits)}\n")
-    print(f"W1 beside its floor\n\n{floor_table(systems, SHAPES[options.shape], limits)}")
+        bars += system_bars(system, SHAPES[options.shape])
+        samples += [sample for of_workload in system.limits.values() for sample in of_workload]
+        found = system.measurement
+        print(f"{name}\n\n{measurement_table(found)}\n\n{conditions(found)}\n", flush=True)
+    print(f"limits of this machine, before and after each round\n\n{limits_table(samples)}\n")
+    print(f"bars\n\n{bars_table(bars)}")
     content = {
         "command": ["python", "-m", "bench.run", *argv],
-        "limits": dataclasses.asdict(limits),
+        "kernel_limits": dataclasses.asdict(limits),
         "kernels": [result_fields(kernel) for kernel in kernels],
         "systems": [dataclasses.asdict(system) for system in systems],
+        "bars": [bar_fields(bar) for bar in bars],
     }
     write_result(RESULTS / f"{options.name}.json", content)
     return 0

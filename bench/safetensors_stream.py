@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+_METADATA: Final = "__metadata__"
 _ALIGNMENT: Final = 64
 _STORED: Final[dict[torch.dtype, str]] = {
     torch.float32: "F32",
@@ -62,9 +63,17 @@ def write_safetensors(path: Path, tensors: Sequence[PlannedTensor]) -> None:
     unfinished.replace(path)
 
 
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """The bytes of every tensor in a file, by the file's header alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != _METADATA}
+    return {name: end - begin for name, (begin, end) in offsets.items()}
+
+
 def _header(tensors: Sequence[PlannedTensor]) -> bytes:
     """The JSON header, padded with blanks so that the data behind it is aligned."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {_METADATA: {"format": "pt"}}
     at = 0
     for tensor in tensors:
         entries[tensor.name] = {

@@ -32,7 +32,8 @@ class Target(Protocol):
         """What tables call it."""
 
     async def open(self) -> None:
-        """Finds out what there is to know before anything is timed. Raises TargetError when nobody answers."""
+        """Finds out what there is to know before anything is timed; may be asked again, to see whether the server still
+        answers. Raises TargetError when it does not within seconds."""
 
     async def complete(self, prompt: Sequence[int], output_tokens: int, *, due_s: float) -> Answer:
         """Streams one greedy completion of exactly `output_tokens` tokens to its end. Raises TargetError."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from bench.freeze import Turns
 from bench.load import run_phase
 from bench.measure import Observer, Plan, measure, measurement_table
 from bench.record import Record, Slo
@@ -71,6 +72,7 @@ def make_plan(*workloads: Workload, rounds: int = 2, rate: float | None = None) 
 
 
 SILENT = Observer(lambda _: None)
+ALWAYS = Turns({})
 
 
 def test_a_closed_loop_never_runs_more_than_its_concurrency_and_sends_everything() -> None:
@@ -101,22 +103,23 @@ def test_servers_take_turns_in_every_round() -> None:
     log: list[str] = []
     targets = [FakeTarget("a", log), FakeTarget("b", log)]
     one = Workload(name="one", prompt_tokens=4, output_tokens=2, num_requests=2, concurrency=1)
-    run(measure(targets, make_plan(one, rounds=2), Observer(log.append, lambda: log.append("idle"))))
-    warm_up, rounds = ["a", "b"], [["a", "a", "b", "b", f"one: round {number} of 2", "idle"] for number in (1, 2)]
-    assert log == [*warm_up, *rounds[0], *rounds[1]]
+    run(measure(targets, make_plan(one, rounds=2), Observer(log.append, log.append), ALWAYS))
+    opening, turn = ["a", "b"], ["a", "a", "a", "b", "b", "b"]  # a turn begins with a request that is not counted
+    rounds = [[*turn, f"one: round {number} of 2", "one"] for number in (1, 2)]
+    assert log == [*opening, *rounds[0], *rounds[1]]
     assert not any(target.is_open for target in targets)
 
 
 def test_no_prompt_is_sent_twice() -> None:
     targets = [FakeTarget("a"), FakeTarget("b")]
     one = Workload(name="one", prompt_tokens=8, output_tokens=1, num_requests=3, concurrency=3)
-    run(measure(targets, make_plan(one, rounds=3), SILENT))
+    run(measure(targets, make_plan(one, rounds=3), SILENT, ALWAYS))
     prompts = [tuple(prompt) for target in targets for prompt in target.prompts]
-    assert len(set(prompts)) == len(prompts) == 2 * (1 + 9)
+    assert len(set(prompts)) == len(prompts) == 2 * (1 + 3 * (1 + 3))
 
 
 def test_both_phases_of_a_shared_beginning_are_reported_for_every_server() -> None:
-    measurement = run(measure([FakeTarget("a"), FakeTarget("b")], make_plan(W3), SILENT))
+    measurement = run(measure([FakeTarget("a"), FakeTarget("b")], make_plan(W3), SILENT, ALWAYS))
     named = [(result.phase, result.target, len(result.rounds)) for result in measurement.results]
     assert named == [("W3 cold", "a", 2), ("W3 cold", "b", 2), ("W3 warm", "a", 2), ("W3 warm", "b", 2)]
 
@@ -125,24 +128,26 @@ def test_both_phases_of_a_shared_beginning_are_reported_for_every_server() -> No
 def test_poisson_arrivals_come_at_the_given_rate_or_a_share_of_the_firsts_capacity(given: float | None) -> None:
     small = Workload(name=W4.name, prompt_tokens=4, output_tokens=2, num_requests=8, concurrency=8)
     first, said = FakeTarget("a"), list[str]()
-    measurement = run(measure([first, FakeTarget("b")], make_plan(small, rounds=1, rate=given), Observer(said.append)))
+    measurement = run(
+        measure([first, FakeTarget("b")], make_plan(small, rounds=1, rate=given), Observer(said.append), ALWAYS)
+    )
     # Eight at a time, each done in 20 ms of its own making: 400 per second at most, less what sending takes.
     assert measurement.rate == given or 0.0 < measurement.rate <= 240.0
     assert said[0] == f"W4: {measurement.rate:.2f} requests per second"
-    assert len(first.prompts) == 1 + 8 + (8 if given is None else 0)
+    assert len(first.prompts) == 1 + 9 + (9 if given is None else 0)
 
 
 def test_targets_are_closed_when_one_fails() -> None:
     targets = [FakeTarget("a"), FakeTarget("b", fails_at=0)]
     with pytest.raises(TargetError, match="it broke"):
-        run(measure(targets, make_plan(), SILENT))
+        run(measure(targets, make_plan(), SILENT, ALWAYS))
     assert not any(target.is_open for target in targets)
 
 
 def test_the_table_compares_with_the_first_server() -> None:
     one = Workload(name="one", prompt_tokens=4, output_tokens=2)
     targets = [FakeTarget("slow", seconds=0.02), FakeTarget("fast", seconds=0.01)]
-    table = measurement_table(run(measure(targets, make_plan(one), SILENT))).splitlines()
+    table = measurement_table(run(measure(targets, make_plan(one), SILENT, ALWAYS))).splitlines()
     slow, fast = table[2].split(), table[3].split()
     assert slow[:3] == ["one", "slow", "20.0"]
     assert slow[-3:] == ["–", "–", "–"]
