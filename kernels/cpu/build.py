@@ -1,4 +1,4 @@
-"""Builds the kernels' shared library: `python -m kernels.cpu.build`. Needs CMake and a C++17 compiler with OpenMP."""
+"""Builds the kernels' shared library: `python -m kernels.cpu.build`. Needs CMake and a C++17 compiler."""
 
 import subprocess
 import sys

@@ -50,6 +50,7 @@ class Status(IntEnum):
     OUT_OF_RANGE = 1
     UNSUPPORTED = 2
     OUT_OF_MEMORY = 3
+    NO_THREADS = 4
 
 
 class OperationKind(IntEnum):
@@ -208,7 +209,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "abi_version": (c_int32, ()),
     "instruction_set": (c_int32, ()),
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
-    "pack": (None, (c_int32, _MATRIX, c_void_p, c_void_p, c_void_p, c_int32)),
+    "pack": (c_int32, (c_int32, _MATRIX, c_void_p, c_void_p, c_void_p, c_int32)),
     "linear": (c_int32, (*_CALL, POINTER(PackedWeight), _MATRIX, _MATRIX, _MATRIX)),
     "attention": (c_int32, (*_CALL, POINTER(AttentionArguments), POINTER(Pages))),
     "rms_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
@@ -274,10 +275,12 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def check(status: int, *, out_of_range: str, unsupported: str = "") -> None:
-    """Turns a status into an exception: IndexError, ValueError or MemoryError with the words of the caller."""
+    """Turns a status into an exception: IndexError or ValueError with the caller's words, MemoryError, RuntimeError."""
     if status == Status.OUT_OF_RANGE:
         raise IndexError(out_of_range)
     if status == Status.UNSUPPORTED:
         raise ValueError(unsupported)
     if status == Status.OUT_OF_MEMORY:
         raise MemoryError("no memory for the kernels' scratch space")
+    if status == Status.NO_THREADS:
+        raise RuntimeError("the system starts no more threads: raise its limit (ulimit -u) or compute with fewer")

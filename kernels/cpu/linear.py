@@ -120,7 +120,7 @@ def pack(
         bias=torch.empty(0) if bias is None else functional.pad(bias.float(), (0, padded - outputs)),
     )
     source = rows(weight)
-    backend.library.staffetta_pack(
+    status = backend.library.staffetta_pack(
         kind,
         byref(matrix(source)),
         buffers.panels.data_ptr(),
@@ -128,6 +128,7 @@ def pack(
         buffers.sums.data_ptr(),
         backend.threads,
     )
+    check(status, out_of_range="")
     return CpuLinear(backend, buffers)
 
 

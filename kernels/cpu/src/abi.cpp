@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <new>
+#include <system_error>
 
 #include "pack.h"
 
@@ -34,8 +35,7 @@ bool has_cpuid_bit(unsigned leaf, unsigned subleaf, unsigned Registers::*which, 
   return __get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d) && (r.*which >> bit & 1);
 }
 
-// Runs f; a lack of memory for scratch outside a parallel region becomes a Status, because no exception may cross the C
-// interface. None may leave a parallel region either: there it ends the process.
+// Runs f; a lack of memory for scratch or of threads becomes a Status, because no exception may cross the C interface.
 template <class F>
 int32_t guarded(F f) {
   try {
@@ -43,6 +43,8 @@ int32_t guarded(F f) {
     return kOk;
   } catch (const std::bad_alloc&) {
     return kOutOfMemory;
+  } catch (const std::system_error&) {
+    return kNoThreads;
   }
 }
 
@@ -69,8 +71,9 @@ int64_t staffetta_packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) {
   return packed_bytes(kind, outputs, inputs);
 }
 
-void staffetta_pack(int32_t kind, const Matrix* weight, void* panels, float* scales, int32_t* sums, int32_t threads) {
-  pack(kind, *weight, panels, scales, sums, threads);
+int32_t staffetta_pack(int32_t kind, const Matrix* weight, void* panels, float* scales, int32_t* sums,
+                       int32_t threads) {
+  return guarded([&] { pack(kind, *weight, panels, scales, sums, threads); });
 }
 
 int32_t staffetta_linear(int32_t set, int32_t threads, const PackedWeight* weight, const Matrix* x,

@@ -17,7 +17,7 @@ enum WeightKind : int32_t {
   kWeightInt8Only = 3,  // against rows as they are
   kWeightInt4 = 4,      // likewise
 };
-enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3 };
+enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3, kNoThreads = 4 };
 
 // A matrix of the caller's. data may be null where a function says so.
 struct Matrix {

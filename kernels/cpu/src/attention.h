@@ -15,10 +15,10 @@
 // key, which bound prefill. Beyond a sequence's context only the rest of its last 16 keys is read, and not used.
 // Pages as in Kwon et al. 2023, arXiv 2309.06180, section 4.1.
 #pragma once
-#include <atomic>
 #include <cstddef>
 
 #include "attention_block.h"
+#include "team.h"
 #include "workspace.h"
 
 namespace STAFFETTA_ISA {
@@ -82,17 +82,15 @@ void compute_block(const RowBlock& block, const TileRows& after, Tiles& tiles) {
 // Every thread takes the next block when it is done with one.
 template <class Type>
 void compute_by_blocks(const Plan& plan, int threads, size_t tile_bytes) {
-  std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  share_turns(threads, plan.num_blocks, [&](Turns& turns) {
     Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
     Finder finder(plan), ahead(plan);
-    for (int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < plan.num_blocks;) {
+    for (int64_t index; turns.take(index);) {
       const RowBlock block = finder.block(index);
       const RowBlock after = ahead.block(least(index + threads, plan.num_blocks - 1));  // if all take turns
       compute_block<Type>(block, after.find_tile(after.first_tile(after.first_split())), tiles);
     }
-  }
+  });
 }
 
 // The same where there are fewer blocks than threads: splits are shared out, kept, and joined in the same order.
@@ -106,13 +104,11 @@ void compute_by_splits(const Plan& plan, int threads, size_t tile_bytes) {
   }
   const int64_t units = plan.num_blocks * most_splits, unit_floats = kBlockRows * (plan.padded_dim + 2);
   float* partials = static_cast<float*>(workspace(Scratch::kShared, units * unit_floats * sizeof(float)));
-#pragma omp parallel num_threads(threads)
-  {
+  share_turns(threads, units, [&](Turns& turns) {
     Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
-    Finder units_finder(plan), blocks_finder(plan);
-#pragma omp for schedule(monotonic : dynamic, 1)
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const RowBlock block = units_finder.block(unit / most_splits);
+    Finder blocks(plan);
+    for (int64_t unit; turns.take(unit);) {
+      const RowBlock block = blocks.block(unit / most_splits);
       const int64_t split = block.first_split() + unit % most_splits;
       if (split > block.last_split()) continue;
       load_queries(block, tiles);
@@ -120,9 +116,12 @@ void compute_by_splits(const Plan& plan, int threads, size_t tile_bytes) {
       const int64_t after = least(split + threads, block.last_split());
       compute_split<Type>(block, split, block.find_tile(block.first_tile(after)), tiles);
     }
-#pragma omp for schedule(monotonic : dynamic, 1)
-    for (int64_t index = 0; index < plan.num_blocks; ++index) {
-      const RowBlock block = blocks_finder.block(index);
+  });
+  share_turns(threads, plan.num_blocks, [&](Turns& turns) {
+    Tiles tiles(static_cast<float*>(workspace(Scratch::kPrivate, tile_bytes)), plan.padded_dim);
+    Finder blocks(plan);
+    for (int64_t index; turns.take(index);) {
+      const RowBlock block = blocks.block(index);
       reset(tiles.total, block.rows, block.padded_dim);
       for (int64_t n = 0; n <= block.last_split() - block.first_split(); ++n) {
         const Running split = Running::at(partials + (index * most_splits + n) * unit_floats);
@@ -130,7 +129,7 @@ void compute_by_splits(const Plan& plan, int threads, size_t tile_bytes) {
       }
       write_rows(block, tiles.total);
     }
-  }
+  });
 }
 
 template <class Type>

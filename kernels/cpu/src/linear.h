@@ -14,6 +14,7 @@
 #include <cstddef>
 
 #include "epilogue.h"
+#include "team.h"
 
 namespace STAFFETTA_ISA {
 
@@ -24,7 +25,7 @@ constexpr int64_t kMostChunkBytes = int64_t{16} << 10;  // of one row
 constexpr int64_t kBlockBytes = int64_t{768} << 10;  // of rows for one chunk of K: most of a second cache of 1 MiB
 constexpr int64_t kMostBlockStrips = 128 / kLinearRows;
 constexpr int64_t kCarriedPanels = 16;  // panels of a tile whose sums wait in memory for the next chunk
-constexpr int64_t kSerialWork = int64_t{1} << 18;  // multiply-adds that are not worth waking a thread for
+constexpr int64_t kSerialWork = int64_t{1} << 16;  // multiply-adds that are not worth sharing
 constexpr int64_t kNearBytes = 8192;  // how far ahead weights are fetched that are used once
 
 // A block of rows for panels [first_panel, last_panel).
@@ -121,26 +122,18 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const int64_t num_groups = ceil_div(num_panels, group);
   const int64_t sums_bytes = (call.is_carried() ? group : 1) * (call.blocks.size + 1) * kLinearRows * kPanel * 4;
   const size_t scratch_bytes = most(sums_bytes, kWidth * scratch_row<Weights>(call) * 4);
-  const auto pack_block = [&](int64_t block, int64_t strip, void* scratch) {
-    pack_strip<Weights>(call, block, strip, static_cast<float*>(scratch));
-  };
+  share_loop(num_strips <= 2 ? 1 : threads, num_strips, [&](int64_t strip) {
+    float* scratch = static_cast<float*>(workspace(Scratch::kPrivate, scratch_bytes));
+    pack_strip<Weights>(call, call.blocks.part_of(strip), strip, scratch);
+  });
   const bool is_small = x.rows * w.inputs * out.columns < kSerialWork;
-  const bool is_short = num_strips <= 2;  // packed before threads wake: it is not worth a barrier
-  for (int64_t strip = 0; is_short && strip < num_strips; ++strip)
-    pack_block(call.blocks.part_of(strip), strip, workspace(Scratch::kPrivate, scratch_bytes));
-#pragma omp parallel num_threads(threads) if (threads > 1 && !is_small)
-  {
+  share_turns(is_small ? 1 : threads, num_blocks * num_groups, [&](Turns& turns) {
     char* scratch = static_cast<char*>(workspace(Scratch::kPrivate, scratch_bytes));
-    if (!is_short) {
-#pragma omp for schedule(static)
-      for (int64_t strip = 0; strip < num_strips; ++strip) pack_block(call.blocks.part_of(strip), strip, scratch);
+    for (int64_t turn; turns.take(turn);) {
+      const int64_t first = turn % num_groups * group;
+      compute_tile<Weights>(call, {turn / num_groups, first, least(first + group, num_panels)}, scratch);
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t index = 0; index < num_blocks * num_groups; ++index) {
-      const int64_t first = index % num_groups * group;
-      compute_tile<Weights>(call, {index / num_groups, first, least(first + group, num_panels)}, scratch);
-    }
-  }
+  });
 }
 
 inline void linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, const Matrix& out, int threads) {

@@ -1,5 +1,7 @@
 #include "pack.h"
 
+#include "team.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -112,8 +114,7 @@ int64_t packed_bytes(int32_t kind, int64_t outputs, int64_t inputs) {
 
 void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32_t* sums, int threads) {
   const int64_t panel_bytes = packed_bytes(kind, kPanel, weight.columns);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t panel = 0; panel < padded(weight.rows, kPanel) / kPanel; ++panel) {
+  share_loop(threads, padded(weight.rows, kPanel) / kPanel, [&](int64_t panel) {
     char* to = static_cast<char*>(panels) + panel * panel_bytes;
     if (kind == kWeightFloat32) {
       for_each_tile(weight, panel, [&](int64_t output, int64_t begin, int64_t end) {
@@ -139,5 +140,5 @@ void pack(int32_t kind, const Matrix& weight, void* panels, float* scales, int32
           pack_int8(weight, output, reinterpret_cast<int8_t*>(to), scales + output, sums + output);
       }
     }
-  }
+  });
 }

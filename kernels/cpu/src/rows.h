@@ -6,13 +6,15 @@
 #include <cstddef>
 
 #include "numeric.h"
+#include "team.h"
 #include "workspace.h"
 
 namespace STAFFETTA_ISA {
 
-constexpr int64_t kSerialElements = 1 << 16;  // elements that are not worth waking a thread for
+constexpr int64_t kSerialElements = 1 << 13;  // elements that are not worth sharing
 constexpr int64_t kVocabularyTile = 4096;
 
+inline int threads_for(int64_t elements, int threads) { return elements > kSerialElements ? threads : 1; }
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 
 // Loads row r of x into `row`; with a residual, adds it, rounds to sum's type, stores that and goes on with it.
@@ -30,11 +32,10 @@ inline void load_sum(const Matrix& x, const Matrix& residual, const Matrix& sum,
 template <class F>
 void each_row(const Matrix& x, int threads, F f) {
   const int64_t padded = ceil_div(x.columns, kLanes) * kLanes;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && x.rows * x.columns > kSerialElements) schedule(static)
-  for (int64_t r = 0; r < x.rows; ++r) {
+  share_loop(threads_for(x.rows * x.columns, threads), x.rows, [&](int64_t r) {
     float* row = static_cast<float*>(workspace(Scratch::kPrivate, 2 * padded * sizeof(float)));
     f(r, row, row + padded);
-  }
+  });
 }
 
 // out = round(s / sqrt(mean(s^2) + eps)) weight with s = x + residual, rounded; the first rounding is to x's type.
@@ -108,8 +109,7 @@ inline void rotate_head(int32_t dtype, const void* x, const float* cosines, cons
 inline void rotate_and_write(const RotateArguments& call, const Pages& pages, int threads) {
   const int64_t dim = pages.head_dim, bytes = element_bytes(pages.dtype), rows = call.query.rows;
   const int64_t heads = call.query.columns / dim, size = dim * bytes;
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * call.query.columns > kSerialElements) schedule(static)
-  for (int64_t t = 0; t < rows; ++t) {
+  share_loop(threads_for(rows * call.query.columns, threads), rows, [&](int64_t t) {
     float* row = static_cast<float*>(workspace(Scratch::kPrivate, 4 * (dim / 2 + kWidth) * sizeof(float)));
     const float* cosines = call.cosines + call.positions[t] * (dim / 2);
     const float* sines = call.sines + call.positions[t] * (dim / 2);
@@ -122,7 +122,7 @@ inline void rotate_and_write(const RotateArguments& call, const Pages& pages, in
       rotate_head(pages.dtype, row_of(call.keys, t) + h * size, cosines, sines, dim, key, row);
       std::memcpy(key + pages.value_stride * bytes, row_of(call.values, t) + h * size, size);
     }
-  }
+  });
 }
 
 // out = (x - max) - log(sum(exp(x - max))), float32. Bytes: rows columns (3 b + 4).
@@ -133,45 +133,43 @@ inline void log_softmax(const Matrix& logits, const Matrix& out, int threads) {
   const int64_t padded = ceil_div(tile, kLanes) * kLanes;
   float* maxima = static_cast<float*>(workspace(Scratch::kShared, (2 * items + 1) * sizeof(float)));
   float* sums = maxima + items;
-#pragma omp parallel num_threads(threads) if (threads > 1 && logits.rows * n > kSerialElements)
-  {
-    float* row = static_cast<float*>(workspace(Scratch::kPrivate, padded * sizeof(float)));
-    const auto load_tile = [&](int64_t item) {  // padded with -inf; returns its length
-      const int64_t begin = item % tiles * tile, count = least(tile, n - begin);
-      widen(logits.dtype, row_of(logits, item / tiles) + begin * bytes, count, row);
-      for (int64_t i = count; i < padded; ++i) row[i] = kMinusInfinity;
-      return count;
-    };
-    const auto row_maximum = [&](int64_t r) {
-      float maximum = kMinusInfinity;
-      for (int64_t t = 0; t < tiles; ++t) maximum = maxima[r * tiles + t] > maximum ? maxima[r * tiles + t] : maximum;
-      return maximum;
-    };
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; ++item) {
-      load_tile(item);
-      Vec lanes[kLaneVecs];
-      for (auto& lane : lanes) lane = splat(kMinusInfinity);
-      for (int64_t i = 0; i < padded; i += kLanes)
-        for (int v = 0; v < kLaneVecs; ++v) lanes[v] = max(load(row + i + v * kWidth), lanes[v]);
-      maxima[item] = fold_max(lanes);
-    }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; ++item) {
-      load_tile(item);
-      const Vec maximum = splat(row_maximum(item / tiles));
-      sums[item] = sum_lanes(row, padded, [=](Vec total, Vec v) { return add(total, exp(sub(v, maximum))); }, 1);
-    }
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t count = load_tile(item), r = item / tiles;
-      float sum = 0;
-      for (int64_t t = 0; t < tiles; ++t) sum += sums[r * tiles + t];
-      const Vec maximum = splat(row_maximum(r)), logarithm = splat(log(sum));
-      for (int64_t i = 0; i < padded; i += kWidth) store(row + i, sub(sub(load(row + i), maximum), logarithm));
-      narrow<F32>(row, count, row_of(out, r) + item % tiles * tile * sizeof(float));
-    }
-  }
+  const int team = threads_for(logits.rows * n, threads);
+  const auto load_tile = [&](int64_t item, float* row) {  // padded with -inf; returns its length
+    const int64_t begin = item % tiles * tile, count = least(tile, n - begin);
+    widen(logits.dtype, row_of(logits, item / tiles) + begin * bytes, count, row);
+    for (int64_t i = count; i < padded; ++i) row[i] = kMinusInfinity;
+    return count;
+  };
+  const auto private_row = [&] { return static_cast<float*>(workspace(Scratch::kPrivate, padded * sizeof(float))); };
+  const auto row_maximum = [&](int64_t r) {
+    float maximum = kMinusInfinity;
+    for (int64_t t = 0; t < tiles; ++t) maximum = maxima[r * tiles + t] > maximum ? maxima[r * tiles + t] : maximum;
+    return maximum;
+  };
+  share_loop(team, items, [&](int64_t item) {
+    float* row = private_row();
+    load_tile(item, row);
+    Vec lanes[kLaneVecs];
+    for (auto& lane : lanes) lane = splat(kMinusInfinity);
+    for (int64_t i = 0; i < padded; i += kLanes)
+      for (int v = 0; v < kLaneVecs; ++v) lanes[v] = max(load(row + i + v * kWidth), lanes[v]);
+    maxima[item] = fold_max(lanes);
+  });
+  share_loop(team, items, [&](int64_t item) {
+    float* row = private_row();
+    load_tile(item, row);
+    const Vec maximum = splat(row_maximum(item / tiles));
+    sums[item] = sum_lanes(row, padded, [=](Vec total, Vec v) { return add(total, exp(sub(v, maximum))); }, 1);
+  });
+  share_loop(team, items, [&](int64_t item) {
+    float* row = private_row();
+    const int64_t count = load_tile(item, row), r = item / tiles;
+    float sum = 0;
+    for (int64_t t = 0; t < tiles; ++t) sum += sums[r * tiles + t];
+    const Vec maximum = splat(row_maximum(r)), logarithm = splat(log(sum));
+    for (int64_t i = 0; i < padded; i += kWidth) store(row + i, sub(sub(load(row + i), maximum), logarithm));
+    narrow<F32>(row, count, row_of(out, r) + item % tiles * tile * sizeof(float));
+  });
 }
 
 }  // namespace STAFFETTA_ISA

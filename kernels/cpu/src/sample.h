@@ -342,12 +342,12 @@ inline int64_t draw_token(const float* logits, int64_t n, const Draw& draw, cons
 // Draws tokens[d] as draws[d] says. Bytes: 4 draws vocabulary, from memory; Philox bounds it where nothing is filtered.
 inline void sample(const Matrix& logits, const Draw* draws, int64_t num_draws, const int64_t* token_ids,
                    int64_t* tokens, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && num_draws * logits.columns > kSerialElements) \
-    schedule(dynamic)
-  for (int64_t d = 0; d < num_draws; ++d) {
-    const auto* row = reinterpret_cast<const float*>(row_of(logits, draws[d].row));
-    tokens[d] = draw_token(row, logits.columns, draws[d], token_ids);
-  }
+  share_turns(threads_for(num_draws * logits.columns, threads), num_draws, [&](Turns& turns) {
+    for (int64_t d; turns.take(d);) {
+      const auto* row = reinterpret_cast<const float*>(row_of(logits, draws[d].row));
+      tokens[d] = draw_token(row, logits.columns, draws[d], token_ids);
+    }
+  });
 }
 
 // The logarithm of the sum of e^(x - maximum), by the tree of log_softmax.
@@ -401,9 +401,9 @@ inline void score_row(const ScoreArguments& call, int64_t item, int threads) {
 
 // Bytes: 4 rows vocabulary, from memory.
 inline void score_tokens(const ScoreArguments& call, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) \
-    if (threads > 1 && call.num_rows * call.logits.columns > kSerialElements)
-  for (int64_t item = 0; item < call.num_rows; ++item) score_row(call, item, threads);
+  share_turns(threads_for(call.num_rows * call.logits.columns, threads), call.num_rows, [&](Turns& turns) {
+    for (int64_t item; turns.take(item);) score_row(call, item, threads);
+  });
 }
 
 }  // namespace STAFFETTA_ISA

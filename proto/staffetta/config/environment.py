@@ -32,7 +32,7 @@ def user_cache_directory() -> Path:
 
 
 def let_idle_threads_sleep() -> None:
-    """Makes OpenMP's idle threads sleep instead of spin, unless the environment says how they wait.
+    """Makes the idle threads of torch's OpenMP sleep instead of spin, unless the environment says how they wait.
 
     The runtime reads this once, when the first library that needs it is loaded: call it before torch is imported.
     """

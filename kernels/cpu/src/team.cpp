@@ -1,0 +1,185 @@
+#include "team.h"
+
+#include <immintrin.h>
+#include <pthread.h>
+#include <signal.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr std::chrono::microseconds kSpin{100};  // longer than any pause within a step, shorter than one between steps
+constexpr int kPausesPerLook = 16;               // at the clock
+
+// Spins until is_done() or for kSpin; returns is_done().
+template <class Condition>
+bool spin(const Condition& is_done) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int pause = 0; pause < kPausesPerLook; ++pause) {
+      if (is_done()) return true;
+      _mm_pause();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return is_done();
+}
+
+// No signal is delivered to a member: handlers are the business of the threads that installed them.
+class NoSignals {
+ public:
+  NoSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+// One caller's threads. The gate says everything about the work at hand: its number, whether members may still begin,
+// and how many are at it. Whoever changes what a sleeper waits for looks for sleepers after that, and a sleeper looks
+// once more after it has said that it sleeps; both in one order that all threads see.
+class Team {
+ public:
+  Team() = default;
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  ~Team() {
+    is_over_.store(true);
+    open();
+    for (std::thread& member : members_) member.join();
+  }
+
+  void run(int threads, void (*work)(void*), void* context) {
+    grow(threads);
+    threads_ = threads;
+    work_ = work;
+    context_ = context;
+    error_ = nullptr;
+    open();
+    try {
+      work(context);
+    } catch (...) {
+      close();
+      throw;
+    }
+    close();
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  static constexpr uint64_t kInside = 1;  // a member at work; less than 2^15 of them
+  static constexpr uint64_t kOpen = uint64_t{1} << 15;
+  static constexpr uint64_t kNumber = uint64_t{1} << 16;
+
+  static uint64_t number(uint64_t gate) { return gate / kNumber; }
+  static uint64_t num_inside(uint64_t gate) { return gate % kOpen; }
+
+  void grow(int threads) {
+    if (static_cast<int>(members_.size()) >= threads - 1) return;
+    const NoSignals blocked;
+    members_.reserve(threads - 1);
+    while (static_cast<int>(members_.size()) < threads - 1)
+      members_.emplace_back([this, index = static_cast<int>(members_.size()) + 1, seen = number(gate_.load())] {
+        serve(index, seen);
+      });
+  }
+
+  // Lets members begin the next work.
+  void open() {
+    gate_.store((number(gate_.load(std::memory_order_relaxed)) + 1) * kNumber + kOpen);
+    if (num_sleeping_.load() == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    opened_.notify_all();
+  }
+
+  // Lets no more members begin, and waits for those who did.
+  void close() {
+    gate_.fetch_and(~kOpen);
+    const auto all_left = [&] { return num_inside(gate_.load(std::memory_order_acquire)) == 0; };
+    if (spin(all_left)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    is_caller_sleeping_.store(true);
+    left_.wait(lock, [&] { return num_inside(gate_.load()) == 0; });
+    is_caller_sleeping_.store(false);
+  }
+
+  // A member's life. `seen` is the number of the last work that it need not look at.
+  void serve(int index, uint64_t seen) {
+    for (;;) {
+      wait_for_work_after(seen);
+      uint64_t gate = gate_.load(std::memory_order_acquire);
+      seen = number(gate);
+      if (is_over_.load()) return;
+      if (enter(gate)) take_part(index);
+    }
+  }
+
+  void wait_for_work_after(uint64_t seen) {
+    const auto is_new = [&] { return number(gate_.load(std::memory_order_acquire)) != seen; };
+    if (spin(is_new)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    num_sleeping_.fetch_add(1);
+    opened_.wait(lock, [&] { return number(gate_.load()) != seen; });
+    num_sleeping_.fetch_sub(1);
+  }
+
+  // Whether this member may begin the work that `gate` tells of.
+  bool enter(uint64_t gate) {
+    const uint64_t work = number(gate);
+    while (gate & kOpen && number(gate) == work)
+      if (gate_.compare_exchange_weak(gate, gate + kInside, std::memory_order_acq_rel, std::memory_order_acquire))
+        return true;
+    return false;
+  }
+
+  void take_part(int index) {
+    if (index < threads_) try {
+        work_(context_);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
+    const uint64_t before = gate_.fetch_sub(kInside);
+    if (num_inside(before) > 1 || before & kOpen || !is_caller_sleeping_.load()) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    left_.notify_one();
+  }
+
+  alignas(64) std::atomic<uint64_t> gate_{0};
+  // Written by the caller before it opens the gate, or under the mutex.
+  int threads_ = 0;
+  void (*work_)(void*) = nullptr;
+  void* context_ = nullptr;
+  std::exception_ptr error_;
+  std::atomic<bool> is_over_{false};
+
+  alignas(64) std::mutex mutex_;
+  std::condition_variable opened_, left_;
+  std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> is_caller_sleeping_{false};
+  std::vector<std::thread> members_;
+};
+
+thread_local std::unique_ptr<Team> team;
+
+// A forked child has none of the threads: what is left of the team must be neither used nor joined.
+void forget_team() { static_cast<void>(team.release()); }
+
+[[maybe_unused]] const int is_registered = pthread_atfork(nullptr, nullptr, forget_team);
+
+}  // namespace
+
+void run_on_team(int threads, void (*work)(void*), void* context) {
+  if (!team) team = std::make_unique<Team>();
+  team->run(threads, work, context);
+}

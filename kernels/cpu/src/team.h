@@ -1,0 +1,54 @@
+// The threads that compute a call together: work is cut into numbered pieces, and whoever is free takes the next.
+//
+// Nobody is waited for who has not begun. A thread that sleeps, or that the system runs late, finds the work done and
+// goes on waiting; the caller would have done all of it alone. So a call never takes longer for having a team, on a
+// machine that is busy with something else. Results must not depend on who computes a piece.
+//
+// Members spin for a moment when there is nothing to do, so that the hundred and more calls of a step follow each other
+// within a microsecond; then they sleep, so that an idle process costs nothing.
+#pragma once
+#include <atomic>
+#include <cstdint>
+
+// Runs work(context) on the calling thread and on up to `threads` - 1 of its team, which grows to that size and lives as
+// long as the caller's thread. Returns when all who began are done; an exception of any of them is thrown here. Throws
+// std::system_error when a thread cannot be started. Must not be called from within work.
+void run_on_team(int threads, void (*work)(void*), void* context);
+
+// Each file that includes this has it compiled for its own instruction set.
+namespace {
+
+// Hands out the numbers from 0 to count - 1, each once and in rising order.
+class Turns {
+ public:
+  explicit Turns(int64_t count) : count_(count) {}
+  bool take(int64_t& number) { return (number = next_.fetch_add(1, std::memory_order_relaxed)) < count_; }
+
+ private:
+  alignas(64) std::atomic<int64_t> next_{0};
+  const int64_t count_;
+};
+
+// Calls work(turns) on up to `threads` threads; each is to take turns until there are none.
+template <class Work>
+void share_turns(int threads, int64_t count, const Work& work) {
+  Turns turns(count);
+  if (threads <= 1 || count <= 1) return work(turns);
+  const auto take_part = [&] { work(turns); };
+  using TakePart = decltype(take_part);
+  run_on_team(
+      static_cast<int>(threads < count ? threads : count), [](void* context) { (*static_cast<TakePart*>(context))(); },
+      const_cast<void*>(static_cast<const void*>(&take_part)));
+}
+
+// Calls f(i) for every i below count, in runs of neighbours: a few for each thread, because threads may come late.
+template <class F>
+void share_loop(int threads, int64_t count, const F& f) {
+  const int64_t most_pieces = int64_t{8} * threads, pieces = count < most_pieces ? count : most_pieces;
+  share_turns(threads, pieces, [&](Turns& turns) {
+    for (int64_t piece; turns.take(piece);)
+      for (int64_t i = count * piece / pieces; i < count * (piece + 1) / pieces; ++i) f(i);
+  });
+}
+
+}  // namespace
