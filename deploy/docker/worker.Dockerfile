@@ -16,7 +16,7 @@ RUN /opt/staffetta/bin/python -m kernels.cpu.build
 RUN /opt/staffetta/bin/pip install -c constraints.txt '.[worker]'
 
 FROM python:3.11-slim-bookworm
-# The kernels' OpenMP runtime.
+# torch's OpenMP runtime.
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 # The directory of the shm sockets belongs to the user: a volume mounted there for the first time takes that over.
 RUN useradd --system --uid 10001 --no-create-home staffetta \
