@@ -9,6 +9,7 @@ the others and, with `--limits`, beside the machine. Writes JSON with the machin
 import argparse
 import asyncio
 import dataclasses
+import math
 import secrets
 import signal
 import sys
@@ -49,10 +50,14 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rate(text: str) -> float:
-    """A number above 0, or the name of a peer's. Raises ValueError, which argparse reports."""
-    rate = PEER_RATES[text] if text in PEER_RATES else float(text)
-    if not 0.0 < rate < float("inf"):
-        raise ValueError(text)
+    """A number above 0, or the name of a peer's rate."""
+    try:
+        rate = PEER_RATES[text] if text in PEER_RATES else float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0.0 < rate < math.inf:
+        names = ", ".join(PEER_RATES)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number above 0 nor one of {names}")
     return rate
 
 

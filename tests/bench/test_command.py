@@ -1,5 +1,7 @@
 """Command lines, result files, floors; and one real server under load through both doors."""
 
+import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from bench import kernels, limits, serve
 from bench.limits import Limits, best_limits, measure_limits
 from bench.local_server import LocalServer, ServerEndedError
 from bench.machine import describe_machine
+from bench.measure import Plan
 from bench.shapes import SHAPES, ModelShape
 from bench.target import Address, parse_target
 from kernels.backend import select
@@ -26,6 +29,13 @@ LIMITS = Limits(
     gemm_int8=1000.0,
 )
 SMALL = ModelShape(hidden_size=64, intermediate_size=96, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16)
+
+
+def planned(*argv: str) -> Plan:
+    """What a command line asks for."""
+    parser = argparse.ArgumentParser()
+    serve.add_plan_arguments(parser)
+    return serve.make_plan(parser.parse_args(argv), [])
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,52 @@ def test_limits_are_measured_and_written_with_the_machine(
     assert content["machine"]["num_cores"] == describe_machine().num_cores
     assert all(content["limits"][name] > 0 for name in ("read", "copy", "gemm_float32", "gemm_bfloat16"))
     assert "read, 1 thread" in capsys.readouterr().out
+
+
+def test_limits_are_sampled_after_each_round_of_a_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def measured(*, threads: int, seconds: float) -> Limits:
+        asked.append(seconds)
+        return dataclasses.replace(LIMITS, threads=threads)
+
+    monkeypatch.setattr(limits, "measure_limits", measured)
+    probe = limits.LimitProbe(threads=2)
+    for workload in ("W1", "W2", "W1"):
+        probe.again(workload)
+    assert probe.samples == {"W1": [LIMITS, LIMITS], "W2": [LIMITS]}
+    assert max(asked) <= 0.1  # of each of seven probes: a round must not wait long
+
+
+def test_the_table_of_limits_tells_the_median_and_both_ends() -> None:
+    samples = [dataclasses.replace(LIMITS, read=rate) for rate in (20.0, 30.0, 22.0)]
+    assert limits.limits_table(samples).splitlines()[3].split() == [
+        "read,",
+        "2",
+        "threads",
+        "22.0",
+        "20.0",
+        "30.0",
+        "GB/s",
+    ]
+    assert limits.limits_table([LIMITS]).splitlines()[3].split() == ["read,", "2", "threads", "20.0", "–", "–", "GB/s"]
+
+
+@pytest.mark.parametrize(("text", "rate"), [("1.5", 1.5), ("vllm-w8a8", 1.57), ("openvino-int8", 1.05)])
+def test_a_rate_is_a_number_or_a_peers(text: str, rate: float) -> None:
+    assert planned("--rate", text).rate == rate
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "vllm"])
+def test_what_is_no_rate_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        planned("--rate", text)
+    assert f"{text!r} is neither a number above 0 nor one of vllm-w8a8, " in capsys.readouterr().err
+
+
+def test_every_run_draws_a_seed_of_its_own_unless_it_is_given_one() -> None:
+    assert len({planned().seed for _ in range(8)}) == 8
+    assert planned("--seed", "7").seed == 7
 
 
 def test_the_machine_is_described_without_naming_a_host() -> None:
