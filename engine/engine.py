@@ -185,10 +185,7 @@ class Engine:
         """
         while True:
             num_granted = 0 if self._awaiting is None else self._awaiting.num_granted
-            snapshot = self._scheduler.snapshot(
-                num_granted=num_granted, num_prompt_tokens=self._pacer.num_prompt_tokens
-            )
-            plan = self._scheduler.schedule(snapshot)
+            plan = self._scheduler.schedule(self._scheduler.snapshot(self._pacer, num_granted=num_granted))
             if plan.slices or plan.leases or not plan.preempted:
                 return plan
             self._scheduler.apply(plan)

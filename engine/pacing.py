@@ -1,22 +1,32 @@
 """Decides how many prompt tokens a step may compute while streams are waiting for their next token.
 
-A step that generates and computes prompt tokens as well lasts longer than one that only generates; how much longer, the
-steps themselves tell. Everything here follows from measured durations: there is no clock, and nothing that depends on
-what the tokens are. It never stops a prompt: eight tokens of it are always allowed.
+While one prompt waits, a step beside streams takes at most `max_slowdown` times as long as one that only generates;
+every further prompt, up to the eighth, lets it take as much longer again, because many then gain by what few lose. So a
+stream's gap is at most 1 + 8 x (max_slowdown - 1) times its usual one, 5.8 times where that is 1.6, but where even the
+eight tokens of each such prompt that are always allowed take longer.
+
+Everything here follows from measured durations: there is no clock, and nothing that depends on what the tokens are.
 """
 
 import math
+import statistics
+from collections import deque
+from itertools import takewhile
 from typing import Final, NamedTuple
 
 from engine.step import SequenceSlice
 
 LEAST_PROMPT_TOKENS: Final = 8
-"""Budgets begin with so many tokens, and are as far apart at first. Where reading weights is what bounds a step, eight
-rows more cost next to nothing, and sixteen double it."""
-_WEIGHT: Final = 0.25
-"""Of the newest step in a running estimate: one step that something else on the machine made slow must not decide."""
+"""Of each prompt that counts, and how far apart budgets are at first. Where reading weights is what bounds a step,
+eight rows more cost next to nothing."""
+MOST_PROMPTS: Final = 8
+"""Prompts that count. With so many, waiting costs them a fifth more than computing them alone."""
 _RETRY_STEPS: Final = 128
 """A budget that took too long is not tried again for so many steps: its cost stays below one gap in a hundred."""
+_NUM_SAMPLES: Final = 5
+"""Of what is measured; their middle counts: a step that something else on the machine made slow must not decide."""
+_KEPT: Final = 0.75
+"""Of the sums that tell what a prompt token costs, from one step without streams to the next."""
 
 
 class MeasuredStep(NamedTuple):
@@ -34,84 +44,119 @@ class MeasuredStep(NamedTuple):
         return cls(num_generating, sum(num_tokens) - num_generating, seconds)
 
 
-class _Measured(NamedTuple):
-    added_s: float
-    """Seconds that a budget adds to a step."""
-    step: int
-    """The number of the step that told so last."""
+class _Samples:
+    """The newest few measures of one thing, in seconds."""
+
+    __slots__ = ("_newest",)
+
+    def __init__(self) -> None:
+        self._newest: deque[float] = deque(maxlen=_NUM_SAMPLES)
+
+    def add(self, seconds: float) -> None:
+        self._newest.append(seconds)
+
+    def middle(self) -> float:
+        """The lower middle one. There is one at least."""
+        return statistics.median_low(self._newest)
 
 
 class StepPacer:
-    """Keeps steps that generate at or below `max_slowdown` times what they would take without prompt tokens.
+    """Says what a step may compute of prompts, and learns from every step.
 
-    Budgets form a ladder whose rungs are eight tokens apart at first, then a quarter of their size. What a rung adds to
-    a step is measured by using it. The next one is tried when it would fit with tokens as dear as those of the rung
-    below; one that proves dearer is left, and then its own measure counts for a while. So the budget rests, but for one
-    step in 128 at most.
-
-    Every prompt that waits has a budget of its own, and the first in line may use them all: where many wait and few
-    stream, many gain by what few lose. So a prompt waits longer than alone by a bound, however long the queue: a step
-    computes eight tokens for it at least, and where more than 64 fit, for four fifths of the time by which
-    `max_slowdown` lets the step grow. With 2 its tokens take 2.25 times as long as they cost. Engine thread only.
+    What a budget adds to a step is known in two ways. Steps without streams tell what a prompt token costs: as much as
+    beside streams where computing bounds a step, more where reading weights does, because the streams' rows need them
+    anyway. So that is a safe guess for a budget of any size, and no stream pays for learning it. Steps with streams
+    tell the truth about the budgets that they used; one rung above such a budget is tried when tokens as dear as its
+    own would fit, and a rung that proves dearer is left for a while. Engine thread only.
     """
 
     def __init__(self, *, max_slowdown: float, max_tokens: int) -> None:
-        """`max_slowdown` is at least 1; infinity lets a prompt take whatever `max_tokens` of a step are left."""
+        """`max_slowdown` is at least 1; infinity lets prompts take whatever `max_tokens` of a step are left."""
         if not max_slowdown >= 1:  # NaN is not, either
             raise ValueError(f"max_slowdown is {max_slowdown}, needs at least 1")
         self._max_slowdown = max_slowdown
         self._budgets = _ladder(max_tokens)
-        self._rung = len(self._budgets) - 1 if math.isinf(max_slowdown) else 0
-        self._generating_s: dict[int, float] = {}
-        """Seconds of a step that only generates, by the binary logarithm of the number of streams, rounded up."""
-        self._measured: dict[int, _Measured] = {}
-        """By rung."""
+        self._generating: dict[int, _Samples] = {}
+        """Steps that only generate, by the binary logarithm of the number of streams, rounded up."""
+        self._added: dict[int, _Samples] = {}
+        """What a budget adds to a step, by rung."""
+        self._measured_at: dict[int, int] = {}
+        """By rung, the number of the step that told the newest of that."""
+        self._alone_s = self._alone_tokens = 0.0
+        """Seconds and tokens of steps without streams; the newest count most, and long ones more than short ones."""
         self._num_steps = 0
+        """Steps with both."""
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Prompt tokens that the next step may compute if it generates, for every prompt that waits."""
-        return self._budgets[self._rung]
+    def num_prompt_tokens(self, *, num_streams: int, num_prompts: int) -> int:
+        """Prompt tokens that a step may compute beside `num_streams` tokens of streams while `num_prompts` wait.
+
+        0 once in the life of a pacer at most: when the length of a step that only generates has yet to be learned.
+        """
+        if math.isinf(self._max_slowdown):
+            return self._budgets[-1]
+        generating_s = self._estimate(num_streams)
+        if generating_s is None:
+            return 0
+        num_counted = min(num_prompts, MOST_PROMPTS)
+        allowed_s = num_counted * (self._max_slowdown - 1) * generating_s
+        fitting = takewhile(lambda rung: self._expected_s(rung) <= allowed_s, range(len(self._budgets)))
+        budget = max((self._budgets[rung] for rung in fitting), default=0)
+        return max(budget, min(num_counted * LEAST_PROMPT_TOKENS, self._budgets[-1]))
 
     def observe(self, step: MeasuredStep) -> None:
-        """Learns from a step. One that generates nothing keeps nobody waiting, and says nothing."""
-        if math.isinf(self._max_slowdown) or not step.num_generating:
-            return
-        if not step.num_prompt_tokens:
-            size = _size_class(step.num_generating)
-            self._generating_s[size] = _blend(self._generating_s.get(size), step.seconds)
-            return
-        generating_s = self._estimate(step.num_generating)
-        if generating_s is None or step.num_prompt_tokens < self.num_prompt_tokens:
-            return  # nothing to compare with, or the short rest of a prompt, which says little of a whole budget
+        """Learns from a step."""
+        if not step.num_generating:
+            self._alone_s = _KEPT * self._alone_s + step.seconds
+            self._alone_tokens = _KEPT * self._alone_tokens + step.num_prompt_tokens
+        elif not step.num_prompt_tokens:
+            self._generating.setdefault(_size_class(step.num_generating), _Samples()).add(step.seconds)
+        else:
+            self._observe_both(step)
+
+    def _observe_both(self, step: MeasuredStep) -> None:
+        generating = self._generating.get(_size_class(step.num_generating))
+        fully_used = [rung for rung, budget in enumerate(self._budgets) if budget <= step.num_prompt_tokens]
+        if generating is None or not fully_used:
+            return  # nothing to compare with but a guess, or the short rest of a prompt
         self._num_steps += 1
-        # Several prompts have several budgets; what one adds is its part.
-        part = self.num_prompt_tokens / step.num_prompt_tokens
-        added_s = _blend(self._added_s(self._rung), (step.seconds - generating_s) * part)
-        self._measured[self._rung] = _Measured(added_s, self._num_steps)
-        self._climb(added_s, allowed_s=(self._max_slowdown - 1) * generating_s)
+        rung = fully_used[-1]
+        if not self._is_known(rung):
+            self._added[rung] = _Samples()
+        part = self._budgets[rung] / step.num_prompt_tokens
+        self._added[rung].add((step.seconds - generating.middle()) * part)
+        self._measured_at[rung] = self._num_steps
 
-    def _climb(self, added_s: float, *, allowed_s: float) -> None:
-        """One rung down when this one adds too much, one up when that seems to fit."""
-        if added_s > allowed_s:
-            self._rung = max(0, self._rung - 1)
-        elif self._rung + 1 < len(self._budgets):
-            above_s = self._added_s(self._rung + 1)
-            if above_s is None:
-                above_s = added_s * self._budgets[self._rung + 1] / self._budgets[self._rung]
-            self._rung += above_s <= allowed_s
+    def _expected_s(self, rung: int) -> float:
+        """Seconds that a budget adds to a step, as far as can be told; infinite for one that is not to be tried."""
+        if self._is_known(rung):
+            return self._added[rung].middle()
+        # Weights are read once, so a token's price rises with the budget: from nothing to what it is alone.
+        below, above = self._nearest(range(rung - 1, -1, -1)), self._nearest(range(rung + 1, len(self._budgets)))
+        least_s = 0.0 if below is None else self._price(below)
+        most_s = math.inf if above is None else self._price(above)
+        if self._alone_tokens:
+            most_s = min(most_s, self._alone_s / self._alone_tokens)
+        is_next = below == rung - 1
+        return self._budgets[rung] * (least_s if is_next else max(least_s, most_s))
 
-    def _added_s(self, rung: int) -> float | None:
-        """What was measured of a rung, unless that is too long ago."""
-        known = self._measured.get(rung)
-        return None if known is None or self._num_steps - known.step >= _RETRY_STEPS else known.added_s
+    def _price(self, rung: int) -> float:
+        """Seconds that each token of a known budget adds."""
+        return self._added[rung].middle() / self._budgets[rung]
+
+    def _nearest(self, rungs: range) -> int | None:
+        """The first of `rungs` that is known."""
+        return next((rung for rung in rungs if self._is_known(rung)), None)
+
+    def _is_known(self, rung: int) -> bool:
+        """Whether a budget was measured, and not too long ago."""
+        return rung in self._added and self._num_steps - self._measured_at[rung] < _RETRY_STEPS
 
     def _estimate(self, num_generating: int) -> float | None:
         """Seconds that a step takes which only generates for so many; of fewer streams rather than of more."""
         size = _size_class(num_generating)
-        fewer = max((known for known in self._generating_s if known <= size), default=None)
-        nearest = min(self._generating_s, default=None) if fewer is None else fewer
-        return None if nearest is None else self._generating_s[nearest]
+        fewer = max((known for known in self._generating if known <= size), default=None)
+        nearest = min(self._generating, default=None) if fewer is None else fewer
+        return None if nearest is None else self._generating[nearest].middle()
 
 
 def _ladder(max_tokens: int) -> tuple[int, ...]:
@@ -125,7 +170,3 @@ def _ladder(max_tokens: int) -> tuple[int, ...]:
 
 def _size_class(count: int) -> int:
     return (count - 1).bit_length()
-
-
-def _blend(estimate: float | None, value: float) -> float:
-    return value if estimate is None else estimate + _WEIGHT * (value - estimate)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from engine.cache.pool import BlockPool, BlockState
 from engine.cache.prefix import PrefixCache
+from engine.pacing import StepPacer
 from engine.sequence import Sequence, SequenceId, SequenceState
 from engine.sharing import SharedBlocks
 from kvtransfer.layout import BlockId
@@ -79,15 +80,15 @@ class Snapshot:
     """What a plan is made from. Sequences, pool and prefix cache are only read.
 
     `running` and `waiting` are in order; `waiting` holds sequences to compute here (WAITING) and such whose KV waits
-    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run. In a step in which a stream gets its
-    next token, sequences with more than one to compute get at most `num_prompt_tokens` for each of them, together.
+    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run. `pacer` says what a step in which
+    streams get their next tokens may compute besides.
     """
 
     limits: EngineLimits
     running: tuple[Sequence, ...]
     waiting: tuple[Sequence, ...]
     num_granted: int
-    num_prompt_tokens: int
+    pacer: StepPacer
     num_held_tokens: dict[SequenceId, int]
     pool: BlockPool
     prefix: PrefixCache
@@ -135,9 +136,7 @@ class _Planner:
             if sequence.num_pending_tokens == 1:
                 self._continue(sequence)
         if any(not sequence.is_prefill and sequence.sequence_id in self._slices for sequence in computable):
-            waiting = [each for each in self._snapshot.waiting if each.state is SequenceState.WAITING]
-            num_prompts = sum(sequence.num_pending_tokens > 1 for sequence in (*computable, *waiting))
-            self._num_tokens_left = min(self._num_tokens_left, max(1, num_prompts) * self._snapshot.num_prompt_tokens)
+            self._pace(computable)
         for sequence in computable:
             if sequence.num_pending_tokens > 1:
                 self._continue(sequence)
@@ -148,6 +147,16 @@ class _Planner:
         for sequence_id, copied in self._shared.copies().items():
             self._slices[sequence_id] = self._slices[sequence_id]._replace(copied=copied)
         return StepPlan(tuple(self._preempted), tuple(self._leases), tuple(self._slices.values()))
+
+    def _pace(self, computable: list[Sequence]) -> None:
+        """Keeps what a step computes of prompts to what the streams in it bear with. A prompt counts that could run."""
+        num_streams = len(self._slices)
+        waiting = [each for each in self._snapshot.waiting if each.state is SequenceState.WAITING]
+        num_prompts = sum(sequence.num_pending_tokens > 1 for sequence in (*computable, *waiting))
+        num_prompts = min(num_prompts, self._limits.max_sequences - num_streams)
+        if num_prompts > 0:
+            budget = self._snapshot.pacer.num_prompt_tokens(num_streams=num_streams, num_prompts=num_prompts)
+            self._num_tokens_left = min(self._num_tokens_left, budget)
 
     def _continue(self, sequence: Sequence) -> None:
         """Gives a running sequence its part, at the cost of sequences that come after it when the pool is short."""

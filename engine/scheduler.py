@@ -12,6 +12,7 @@ from typing import NamedTuple
 from engine.cache.lease import BlockLease
 from engine.cache.pool import BlockPool, IntegrityError
 from engine.cache.prefix import PrefixCache
+from engine.pacing import StepPacer
 from engine.planning import EngineLimits, PlannedLease, PlannedSlice, Snapshot, StepPlan, plan_step
 from engine.sequence import OrderKey, Sequence, SequenceId, SequenceState
 from engine.slicing import slice_of
@@ -86,14 +87,14 @@ class Scheduler:
         self._queued.pop(sequence.sequence_id, None)
         self._num_held_tokens.pop(sequence.sequence_id, None)
 
-    def snapshot(self, *, num_granted: int, num_prompt_tokens: int) -> Snapshot:
+    def snapshot(self, pacer: StepPacer, *, num_granted: int) -> Snapshot:
         """What `schedule` decides from."""
         return Snapshot(
             limits=self._limits,
             running=tuple(self._running),
             waiting=tuple(self._waiting),
             num_granted=num_granted,
-            num_prompt_tokens=num_prompt_tokens,
+            pacer=pacer,
             num_held_tokens=self._num_held_tokens,
             pool=self._pool,
             prefix=self._prefix,

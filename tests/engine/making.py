@@ -4,6 +4,7 @@ import math
 
 from engine.engine import Engine, EngineLimits
 from engine.fake import FakeRunner, FakeSource
+from engine.pacing import StepPacer
 from engine.request import (
     FinishReason,
     Request,
@@ -97,6 +98,11 @@ def make_limits(
         prefix_caching=prefix_caching,
         max_slowdown=max_slowdown,
     )
+
+
+def make_pacer() -> StepPacer:
+    """One that bounds nothing."""
+    return StepPacer(max_slowdown=math.inf, max_tokens=64)
 
 
 def make_engine(

@@ -16,6 +16,7 @@ from tests.engine.making import (
     RecordingRunner,
     make_engine,
     make_limits,
+    make_pacer,
     make_request,
     make_sampling,
     reason,
@@ -405,7 +406,7 @@ def test_writing_into_a_block_that_others_hold_is_a_defect_that_is_noticed() -> 
     engine, _ = make_engine()
     engine.add(make_request("a", range(6), choices=(0, 1)))
     step_choices(engine)
-    plan = engine._scheduler.schedule(engine._scheduler.snapshot(num_granted=0, num_prompt_tokens=64))
+    plan = engine._scheduler.schedule(engine._scheduler.snapshot(make_pacer(), num_granted=0))
     assert [part.copied for part in plan.slices] == [1, None]
     with pytest.raises(IntegrityError, match="a/1 would write into block 1, which others hold"):
         engine._scheduler.apply(type(plan)(slices=plan.slices[1:]))

@@ -46,126 +46,179 @@ def generate(pacer: StepPacer, machine: Machine, *, num_generating: int = 1, num
         pacer.observe(MeasuredStep(num_generating, 0, machine(num_generating, 0)))
 
 
-def mix(pacer: StepPacer, machine: Machine, *, num_generating: int = 1, num_steps: int = 1) -> list[float]:
-    """Steps that use the whole budget; what they took."""
-    durations = []
-    for _ in range(num_steps):
-        num_tokens = pacer.num_prompt_tokens
-        durations.append(machine(num_generating, num_tokens))
-        pacer.observe(MeasuredStep(num_generating, num_tokens, durations[-1]))
-    return durations
+def prefill(pacer: StepPacer, machine: Machine, *, num_tokens: int = 512) -> None:
+    """A step without streams."""
+    pacer.observe(MeasuredStep(0, num_tokens, machine(0, num_tokens)))
 
 
-def budgets(pacer: StepPacer, machine: Machine, *, num_steps: int, num_generating: int = 1) -> list[int]:
-    """The budget after each of so many steps that use all of it."""
+def budget(pacer: StepPacer, *, num_streams: int = 1, num_prompts: int = 1) -> int:
+    return pacer.num_prompt_tokens(num_streams=num_streams, num_prompts=num_prompts)
+
+
+def mix(
+    pacer: StepPacer, machine: Machine, *, num_generating: int = 1, num_prompts: int = 1, num_steps: int = 1
+) -> list[int]:
+    """Steps that use the whole budget; those budgets."""
     found = []
     for _ in range(num_steps):
-        mix(pacer, machine, num_generating=num_generating)
-        found.append(pacer.num_prompt_tokens)
+        found.append(budget(pacer, num_streams=num_generating, num_prompts=num_prompts))
+        pacer.observe(MeasuredStep(num_generating, found[-1], machine(num_generating, found[-1])))
     return found
 
 
-def test_the_first_step_beside_streams_takes_eight_tokens_of_a_prompt() -> None:
-    pacer = make_pacer()
-    assert pacer.num_prompt_tokens == 8
-    generate(pacer, QUICK)
-    assert pacer.num_prompt_tokens == 8
+def test_the_first_step_beside_streams_only_generates_to_learn_how_long_that_takes() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    assert budget(pacer) == 0
+    generate(pacer, linear)
+    assert budget(pacer) == 8
 
 
-def test_a_budget_climbs_to_what_a_step_may_take() -> None:
+def test_steps_without_streams_tell_the_whole_budget_at_once() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, linear)
+    assert mix(pacer, linear, num_steps=3) == [80, 80, 80]
+    assert linear(1, 80) == pytest.approx(9.0 * linear(1, 0))
+
+
+def test_a_long_prompt_alone_counts_more_than_a_short_one() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
-    assert budgets(pacer, linear, num_steps=30) == [16, 24, 32, 40, 48, 56, 64, *[80] * 23]
-    assert linear(1, 80) == pytest.approx(9.0 * linear(1, 0))
+    pacer.observe(MeasuredStep(0, 8, 0.024))  # 3 ms a token, so 24 of them fit 80 ms
+    assert budget(pacer) == 24
+    pacer.observe(MeasuredStep(0, 512, 0.506))  # with what is kept of the first, 524 ms for 518 tokens
+    assert budget(pacer) == 64
+
+
+def test_without_such_steps_a_budget_climbs_rung_by_rung_to_what_a_step_may_take() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    assert mix(pacer, linear, num_steps=30) == [8, 16, 24, 32, 40, 48, 56, 64, *[80] * 22]
 
 
 def test_rungs_are_a_quarter_of_their_size_apart_and_end_at_what_a_step_may_compute() -> None:
     pacer = make_pacer(max_tokens=250)
     machine = make_machine(weights_s=1.0, row_s=0.0)
     generate(pacer, machine)
-    assert budgets(pacer, machine, num_steps=15) == [*range(16, 65, 8), 80, 96, 120, 144, 176, 216, 250, 250]
+    assert mix(pacer, machine, num_steps=16) == [*range(8, 65, 8), 80, 96, 120, 144, 176, 216, 250, 250]
+
+
+def test_what_costs_nothing_while_weights_are_read_promises_no_more_than_the_next_rung() -> None:
+    # Beside a stream the first 99 tokens are free; alone, 512 take 0.1 ms each, and 10 ms are allowed.
+    pacer = make_pacer(max_slowdown=2.0)
+    prefill(pacer, QUICK)
+    generate(pacer, QUICK)
+    assert mix(pacer, QUICK, num_steps=6) == [96, 120, 144, 176, 216, 176]
+    assert QUICK(1, 176) <= 2 * QUICK(1, 0) < QUICK(1, 216)
 
 
 def test_a_budget_is_eight_tokens_where_even_that_takes_too_long() -> None:
     pacer = make_pacer(max_slowdown=1.0)
     generate(pacer, linear)
-    assert budgets(pacer, linear, num_steps=4) == [8, 8, 8, 8]
+    assert mix(pacer, linear, num_steps=4) == [8, 8, 8, 8]
+    assert mix(pacer, linear, num_prompts=3, num_steps=4) == [24, 24, 24, 24]
 
 
+def test_a_step_that_computes_fewer_than_eight_tokens_at_most_allows_no_more() -> None:
+    pacer = make_pacer(max_slowdown=9.0, max_tokens=5)
+    generate(pacer, linear)
+    assert mix(pacer, linear, num_prompts=8, num_steps=2) == [5, 5]
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2, 8])
 @pytest.mark.parametrize("max_slowdown", [1.5, 2.0, 3.0, 8.0])
 @pytest.mark.parametrize("num_generating", [1, 5, 16, 64])
 @pytest.mark.parametrize("machine", [SMALL, QUICK, linear])
 def test_on_every_machine_the_budget_rests_but_for_one_step_in_128(
-    max_slowdown: float, num_generating: int, machine: Machine
+    num_prompts: int, max_slowdown: float, num_generating: int, machine: Machine
 ) -> None:
     pacer = make_pacer(max_slowdown=max_slowdown)
+    prefill(pacer, machine)
     generate(pacer, machine, num_generating=num_generating)
-    allowed_s = max_slowdown * machine(num_generating, 0) + 1e-9
-    budgets(pacer, machine, num_steps=60, num_generating=num_generating)
-    found = budgets(pacer, machine, num_steps=512, num_generating=num_generating)
+    idle_s = machine(num_generating, 0)
+    allowed_s = (1 + num_prompts * (max_slowdown - 1)) * idle_s + 1e-9
+    mix(pacer, machine, num_generating=num_generating, num_prompts=num_prompts, num_steps=30)
+    found = mix(pacer, machine, num_generating=num_generating, num_prompts=num_prompts, num_steps=512)
     rest = statistics.mode(found)
     assert sum(budget != rest for budget in found) <= 4
-    assert rest == 8 or machine(num_generating, rest) <= allowed_s
+    assert rest == 8 * num_prompts or machine(num_generating, rest) <= allowed_s
     assert rest == 512 or machine(num_generating, max(rest + 8, rest * 5 // 4)) > allowed_s - 2e-9
 
 
 @pytest.mark.parametrize("max_slowdown", [2.0, 3.0, 8.0])
 @pytest.mark.parametrize("machine", [SMALL, QUICK, linear])
 def test_no_step_on_the_way_takes_much_more_than_it_may(max_slowdown: float, machine: Machine) -> None:
-    pacer = make_pacer(max_slowdown=max_slowdown)
-    generate(pacer, machine)
-    allowed_s = max(machine(1, 8), 1.25 * max_slowdown * machine(1, 0))
-    assert max(mix(pacer, machine, num_steps=500)) <= allowed_s
+    for num_tokens in (64, 512):
+        pacer = make_pacer(max_slowdown=max_slowdown)
+        prefill(pacer, machine, num_tokens=num_tokens)
+        generate(pacer, machine)
+        allowed_s = max(machine(1, 8), 1.25 * max_slowdown * machine(1, 0))
+        assert max(machine(1, each) for each in mix(pacer, machine, num_steps=500)) <= allowed_s
+
+
+def test_each_further_prompt_lets_a_step_take_as_much_longer_until_the_eighth() -> None:
+    pacer = make_pacer(max_slowdown=2.0)
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, linear)
+    assert [budget(pacer, num_prompts=count) for count in (1, 2, 3, 4, 6, 8)] == [8, 16, 24, 40, 56, 80]
+    assert [budget(pacer, num_prompts=count) for count in (9, 100)] == [80, 80]
 
 
 def test_a_budget_that_took_too_long_is_tried_again_after_128_steps() -> None:
     # 72 ms are allowed. 8 tokens cost nothing, the weights are being read anyway; 16 take 75 ms.
     pacer = make_pacer(max_slowdown=1.8)
     generate(pacer, SMALL)
-    assert budgets(pacer, SMALL, num_steps=131) == [16, *[8] * 128, 16, 8]
+    assert mix(pacer, SMALL, num_steps=132) == [8, 16, *[8] * 128, 16, 8]
 
 
 def test_a_budget_that_became_too_large_shrinks_to_one_that_is_not() -> None:
     pacer = make_pacer(max_slowdown=3.0)
+    prefill(pacer, QUICK)
     generate(pacer, QUICK)
-    assert budgets(pacer, QUICK, num_steps=60)[-1] == 264
-    found = budgets(pacer, lambda *rows: 3 * QUICK(*rows), num_steps=60)
+    assert mix(pacer, QUICK, num_steps=60)[-1] == 264
+    found = mix(pacer, lambda *rows: 3 * QUICK(*rows), num_steps=60)
     assert found == sorted(found, reverse=True) and found[-1] == 96
 
 
-def test_one_slow_step_costs_the_budget_a_rung_for_a_while() -> None:
+def test_one_slow_step_costs_a_budget_nothing() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
     mix(pacer, linear, num_steps=12)
-    pacer.observe(MeasuredStep(1, 80, 3 * linear(1, 80)))
-    assert budgets(pacer, linear, num_steps=130) == [*[64] * 127, 80, 80, 80]
+    pacer.observe(MeasuredStep(1, 80, 60.0))
+    assert mix(pacer, linear, num_steps=3) == [80, 80, 80]
 
 
-def test_a_step_that_is_a_little_slow_costs_nothing() -> None:
-    pacer = make_pacer(max_slowdown=9.5)
+def test_one_slow_step_that_only_generates_allows_no_more() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear, num_steps=3)
+    mix(pacer, linear, num_steps=12)
+    generate(pacer, lambda *_: 60.0)
+    assert mix(pacer, linear, num_steps=3) == [80, 80, 80]
+
+
+def test_steps_that_stay_slow_cost_a_budget_its_rung_for_a_while() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
     mix(pacer, linear, num_steps=12)
-    pacer.observe(MeasuredStep(1, 80, 1.15 * linear(1, 80)))
-    assert pacer.num_prompt_tokens == 80
+    for _ in range(3):
+        assert budget(pacer) == 80
+        pacer.observe(MeasuredStep(1, 80, 3 * linear(1, 80)))
+    assert mix(pacer, linear, num_steps=129) == [*[64] * 128, 80]
+
+
+def test_more_than_a_rung_counts_for_the_rung_in_its_part() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    pacer.observe(MeasuredStep(1, 60, linear(1, 60)))
+    assert pacer._expected_s(6) == pytest.approx(0.056)
 
 
 def test_the_short_rest_of_a_prompt_says_nothing() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
-    mix(pacer, linear, num_steps=12)
     for seconds in (60.0, 0.0):
-        pacer.observe(MeasuredStep(1, 79, seconds))
-        assert pacer.num_prompt_tokens == 80
-    assert budgets(pacer, linear, num_steps=3) == [80, 80, 80]
-
-
-def test_steps_without_streams_change_nothing() -> None:
-    pacer, undisturbed = make_pacer(max_slowdown=9.0), make_pacer(max_slowdown=9.0)
-    for each in (pacer, undisturbed):
-        generate(each, linear)
-    for seconds in (0.0, 60.0):
-        pacer.observe(MeasuredStep(0, 512, seconds))
-    assert budgets(pacer, linear, num_steps=9) == budgets(undisturbed, linear, num_steps=9)
+        pacer.observe(MeasuredStep(1, 7, seconds))
+        assert budget(pacer) == 8
 
 
 def test_what_a_step_may_take_follows_the_number_of_streams() -> None:
@@ -175,30 +228,35 @@ def test_what_a_step_may_take_follows_the_number_of_streams() -> None:
     pacer = make_pacer(max_slowdown=3.0)
     for num_generating in (1, 8):
         generate(pacer, machine, num_generating=num_generating)
-    assert budgets(pacer, machine, num_steps=60, num_generating=8)[-1] == 144
-    assert budgets(pacer, machine, num_steps=60, num_generating=1)[-1] == 16
+    assert mix(pacer, machine, num_steps=60, num_generating=8)[-1] == 144
+    assert mix(pacer, machine, num_steps=60, num_generating=1)[-1] == 16
 
 
 def test_without_a_measure_for_so_many_streams_that_for_fewer_counts_then_that_for_more() -> None:
     for num_generating in (64, 1):
         pacer = make_pacer(max_slowdown=9.0)
+        prefill(pacer, lambda *rows: 0.001 * rows[1])
         generate(pacer, linear, num_generating=4)
-        assert budgets(pacer, linear, num_steps=30, num_generating=num_generating)[-1] == 80
+        assert mix(pacer, linear, num_steps=3, num_generating=num_generating) == [80, 80, 80]
     pacer = make_pacer(max_slowdown=9.0)
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
     generate(pacer, linear, num_generating=1)
     generate(pacer, lambda *_: 1.0, num_generating=64)
-    assert budgets(pacer, linear, num_steps=30, num_generating=16)[-1] == 80
+    assert mix(pacer, linear, num_steps=3, num_generating=16) == [80, 80, 80]
 
 
-def test_before_any_step_that_only_generates_eight_tokens_are_the_budget() -> None:
+def test_a_budget_is_not_measured_against_a_guess_of_what_generating_takes() -> None:
     pacer = make_pacer(max_slowdown=9.0)
-    assert budgets(pacer, linear, num_steps=3) == [8, 8, 8]
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, linear, num_generating=1)
+    for _ in range(3):
+        pacer.observe(MeasuredStep(16, 80, 60.0))
+    assert budget(pacer, num_streams=1) == 80
 
 
 def test_an_infinite_slowdown_bounds_nothing() -> None:
     pacer = make_pacer(max_slowdown=math.inf)
-    generate(pacer, linear)
-    assert budgets(pacer, linear, num_steps=3) == [512, 512, 512]
+    assert mix(pacer, linear, num_steps=3) == [512, 512, 512]
 
 
 @pytest.mark.parametrize("max_slowdown", [0.99, 0.0, -1.0, math.nan])
@@ -207,12 +265,20 @@ def test_a_slowdown_below_one_is_refused(max_slowdown: float) -> None:
         make_pacer(max_slowdown=max_slowdown)
 
 
-@given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0.0, 100.0)), max_size=60))
-def test_whatever_is_measured_the_budget_is_within_bounds(steps: list[tuple[int, int, float]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0.0, 100.0)), max_size=60),
+    st.integers(1, 64),
+    st.integers(1, 100),
+)
+def test_whatever_is_measured_the_budget_is_within_bounds(
+    steps: list[tuple[int, int, float]], num_streams: int, num_prompts: int
+) -> None:
     pacer = make_pacer()
+    generate(pacer, linear)
     for step in steps:
         pacer.observe(MeasuredStep(*step))
-        assert 8 <= pacer.num_prompt_tokens <= 512 and pacer.num_prompt_tokens % 8 == 0
+        found = budget(pacer, num_streams=num_streams, num_prompts=num_prompts)
+        assert 8 * min(num_prompts, 8) <= found <= 512 and found % 8 == 0
 
 
 # In an engine
@@ -234,9 +300,11 @@ class ModelledRunner(FakeRunner):
         return super().run(slices)
 
 
-def make_modelled(*, max_slowdown: float = 2.0, max_batch_tokens: int = 128) -> tuple[Engine, ModelledRunner]:
+def make_modelled(
+    *, max_slowdown: float = 2.0, max_batch_tokens: int = 128, max_sequences: int = 8
+) -> tuple[Engine, ModelledRunner]:
     runner = ModelledRunner(linear)
-    limits = make_limits(max_batch_tokens=max_batch_tokens, max_slowdown=max_slowdown)
+    limits = make_limits(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, max_slowdown=max_slowdown)
     engine = Engine(runner, num_blocks=300, hasher=make_hasher(), limits=limits, clock=lambda: runner.now)
     return engine, runner
 
@@ -274,7 +342,7 @@ def test_a_long_prompt_leaves_streams_their_pace_and_is_computed_meanwhile() -> 
     assert len(tokens["stream"]) == 50
 
 
-def test_every_prompt_that_waits_has_a_budget_of_its_own_and_the_first_may_use_them_all() -> None:
+def test_every_prompt_that_waits_adds_to_the_budget_and_the_first_may_use_all_of_it() -> None:
     engine, runner = make_modelled(max_slowdown=2.0)
     engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
     drive(engine, {}, num_steps=10)
@@ -283,6 +351,37 @@ def test_every_prompt_that_waits_has_a_budget_of_its_own_and_the_first_may_use_t
     drive(engine, {}, num_steps=6)
     # Three wait, of 30 tokens each; after two steps the first is done, after three the second.
     assert [step.num_prompt_tokens for step in runner.steps[10:]] == [24, 24, 16, 8, 8, 8]
+
+
+def test_a_prompt_that_has_no_place_in_the_batch_does_not_count() -> None:
+    engine, runner = make_modelled(max_slowdown=2.0, max_sequences=2)
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=10)
+    for first in (200, 300, 400):
+        engine.add(make_request(str(first), range(first, first + 30), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=4)
+    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [8, 8, 8, 6]
+
+
+def test_a_burst_is_computed_in_few_steps_because_many_wait_for_few() -> None:
+    engine, runner = make_modelled(max_slowdown=4.0)
+    engine.add(make_request("first", range(1000, 1120), sampling=make_sampling(max_tokens=30)))
+    drive(engine, {}, num_steps=1)
+    for first in (200, 400, 600, 800):
+        engine.add(make_request(str(first), range(first, first + 120), sampling=make_sampling(max_tokens=30)))
+    drive(engine, {}, num_steps=10)
+    # Beside one stream and with four prompts, 120 ms are allowed; 30 ms less for every prompt that is done.
+    mixed = [(step.num_generating, step.num_prompt_tokens) for step in runner.steps[1:]]
+    assert mixed == [(1, 0), (1, 96), (1, 120), (2, 80), (3, 56), (3, 56), (4, 24), (4, 24), (4, 24), (5, 0)]
+
+
+def test_the_first_stream_of_an_engine_waits_for_no_prompt_once_and_the_prompt_one_step() -> None:
+    engine, runner = make_modelled(max_slowdown=2.0)
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=1)
+    engine.add(make_request("long", range(400, 700), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=3)
+    assert [step.num_prompt_tokens for step in runner.steps[1:]] == [0, 8, 8]
 
 
 def test_a_prompt_of_one_token_joins_streams_at_once() -> None:
@@ -294,25 +393,13 @@ def test_a_prompt_of_one_token_joins_streams_at_once() -> None:
     assert (runner.steps[-1].num_generating, runner.steps[-1].num_prompt_tokens) == (2, 0)
 
 
-def test_what_several_prompts_add_is_divided_among_them() -> None:
-    pacer, alone = make_pacer(max_slowdown=9.0), make_pacer(max_slowdown=9.0)
-    for each in (pacer, alone):
-        generate(each, linear)
-    found = []
-    for _ in range(12):
-        num_tokens = 3 * pacer.num_prompt_tokens
-        pacer.observe(MeasuredStep(1, num_tokens, linear(1, num_tokens)))
-        found.append(pacer.num_prompt_tokens)
-    assert found == budgets(alone, linear, num_steps=12)
-
-
 def test_an_engine_tells_its_pacer_how_long_steps_take() -> None:
     engine, runner = make_modelled(max_slowdown=9.0)
     engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
     drive(engine, {}, num_steps=10)
     engine.add(make_request("long", range(400, 700), sampling=make_sampling(max_tokens=1)))
     drive(engine, {}, num_steps=5)
-    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [8, 16, 24, 32, 40]
+    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [24, 32, 40, 48, 56]
 
 
 def test_a_prefill_is_not_slowed_by_the_last_token_of_another() -> None:

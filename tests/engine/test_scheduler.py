@@ -21,6 +21,7 @@ from tests.engine.making import (
     make_engine,
     make_hasher,
     make_limits,
+    make_pacer,
     make_prefill,
     make_request,
     make_sampling,
@@ -250,7 +251,7 @@ class Books:
         return sequence
 
     def plan(self) -> StepPlan:
-        return self.scheduler.schedule(self.scheduler.snapshot(num_granted=0, num_prompt_tokens=64))
+        return self.scheduler.schedule(self.scheduler.snapshot(make_pacer(), num_granted=0))
 
     def commit(self, outcomes: list[SliceOutcome]) -> None:
         for sequence, outcome in self.scheduler.commit(outcomes):
