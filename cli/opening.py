@@ -23,12 +23,21 @@ _SAMPLE_SEED: Final = 7
 
 
 async def become_ready(
-    client: Client, *, config: ServeConfig, plan: ServePlan, pid_of: Callable[[str], int | None], started: float
+    client: Client,
+    registry: Client,
+    *,
+    config: ServeConfig,
+    plan: ServePlan,
+    pid_of: Callable[[str], int | None],
+    started: float,
 ) -> ReadyFacts:
-    """Waits until every worker serves and a request has gone through both roles. Raises OperatorError."""
+    """Waits until every worker serves and a request has gone through both roles. Raises OperatorError.
+
+    `registry` is a client of where workers register.
+    """
     names = (*plan.names("prefill"), *plan.names("decode"))
     system = await wait_until_registered(
-        client, prefill=plan.names("prefill"), decode=plan.names("decode"), started=started, say=say
+        registry, prefill=plan.names("prefill"), decode=plan.names("decode"), started=started, say=say
     )
     # Longer than what a decode worker keeps for itself, by two blocks that then have to move.
     min_tokens = config.local_prefill_max_tokens + 2 * config.block_size

@@ -28,6 +28,8 @@ class Surroundings:
     shm_dir: str
     cluster_key: str
     num_cores: int
+    registry: str = "127.0.0.1:0"
+    """host:port where workers register with a gateway of several processes, its port chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,11 @@ class ServePlan:
 
     gateway: GatewayConfig
     workers: tuple[WorkerPlan, ...]
+
+    @property
+    def registry(self) -> str:
+        """host:port where workers register, which knows when every gateway process can reach them."""
+        return registry_of(self.gateway)
 
     @property
     def max_threads(self) -> int:
@@ -68,13 +75,19 @@ def plan_serve(
     config = serve.config
     threads = plan_threads(surroundings.num_cores, num_prefill=config.prefill, num_decode=config.decode)
     log_level = "warning" if serve.origins["log_level"].kind is OriginKind.DEFAULT else config.log_level
+    doors: dict[str, Any] = {"http": surroundings.http, "grpc": surroundings.grpc, "workers": gateway.config.workers}
+    if serve.origins["gateway_workers"].kind is not OriginKind.DEFAULT:
+        doors["workers"] = config.gateway_workers
+    if doors["workers"] > 1:
+        doors["registry"] = surroundings.registry
     shared: dict[str, Any] = {"cluster_key": surroundings.cluster_key, "log_level": log_level}
+    gateway_config = dataclasses.replace(_merge(serve, gateway), **shared, **doors)
     worker: dict[str, Any] = shared | {
         "listen": "127.0.0.1:0",
         "advertise": "",
         "transfer_listen": "127.0.0.1:0",
         "transfer_advertise": "",
-        "gateways": (dialable(surroundings.grpc),),
+        "gateways": (dialable(registry_of(gateway_config)),),
         "shm_dir": surroundings.shm_dir,
     }
     prefill_config = dataclasses.replace(
@@ -98,8 +111,7 @@ def plan_serve(
         )
         for name in (f"{role}-{number}" for number in range(count))
     ]
-    doors: dict[str, Any] = {"http": surroundings.http, "grpc": surroundings.grpc}
-    return ServePlan(dataclasses.replace(_merge(serve, gateway), **shared, **doors), tuple(workers))
+    return ServePlan(gateway_config, tuple(workers))
 
 
 def plan_threads(num_cores: int, *, num_prefill: int, num_decode: int) -> dict[str, int]:
@@ -116,6 +128,11 @@ def plan_threads(num_cores: int, *, num_prefill: int, num_decode: int) -> dict[s
         role: max(1, share, min(2, num_cores // max(1, count)))
         for role, count in (("prefill", num_prefill), ("decode", num_decode))
     }
+
+
+def registry_of(gateway: GatewayConfig) -> str:
+    """host:port where workers register with a gateway: with one process, at its gRPC door."""
+    return gateway.grpc if gateway.workers == 1 else gateway.registry
 
 
 def dialable(address: str) -> str:

@@ -62,6 +62,7 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
             shm_dir=str(directory),
             cluster_key=config.cluster_key or secrets.token_hex(32),
             num_cores=len(os.sched_getaffinity(0)),
+            registry=choose_port("127.0.0.1:0", "--registry"),
         )
         plan = make_plan(loaded, flags.config, surroundings)
         session = _Serve(config, plan, output=output, started=started)
@@ -112,8 +113,10 @@ class _Serve:
         from cli.report import ready_block, ready_json
 
         config, plan = self._config, self._plan
-        async with Client(dialable(plan.gateway.grpc)) as client:
-            opening = become_ready(client, config=config, plan=plan, pid_of=supervisor.pid_of, started=self._started)
+        async with Client(dialable(plan.gateway.grpc)) as client, Client(dialable(plan.registry)) as registry:
+            opening = become_ready(
+                client, registry, config=config, plan=plan, pid_of=supervisor.pid_of, started=self._started
+            )
             facts = await self._watch(supervisor, opening)
             supervisor.mark_ready()
             if config.once:

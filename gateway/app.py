@@ -5,7 +5,7 @@ import contextlib
 import logging
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import uvicorn
@@ -17,14 +17,15 @@ from gateway.metrics import Metrics
 from gateway.model import Model
 from gateway.registry import RegistryServicer
 from gateway.servicer import InferenceServicer
+from gateway.shared_port import BACKLOG, send_at_once
 from gateway.workers import Workers
 from staffetta.address import Address, cannot_listen, parse_address
 from staffetta.config.schema import GatewayConfig
 from staffetta.hashing import key_fingerprint
+from staffetta.rpc.options import SERVER_OPTIONS
 from staffetta.rpc.server import BindError, RpcServer
 from staffetta.v1 import inference_pb2, inference_pb2_grpc, registry_pb2, registry_pb2_grpc
 
-_BACKLOG: Final = 2048
 _HTTP_GRACE_S: Final = 1
 _SLACK: Final = 256
 """Connections, and calls, beyond twice the requests: refusals being sent, idle connections, workers, probes."""
@@ -37,10 +38,15 @@ class GatewayReady(NamedTuple):
 
     http: str
     grpc: str
+    registry: str
+    """Where workers register; with one process on the gRPC door."""
 
 
 class Gateway:
-    """One gateway. Event loop only."""
+    """One gateway in one process; as it stands here it is all of it. `gateway.child` makes it one of several. Event
+    loop only."""
+
+    _rpc_options: Sequence[tuple[str, int]] = SERVER_OPTIONS
 
     def __init__(self, config: GatewayConfig, model: Model, *, keep_alive_s: float = KEEP_ALIVE_S) -> None:
         self._config = config
@@ -51,7 +57,8 @@ class Gateway:
         self.journeys = Journeys(model, self.workers, metrics, config=config, cluster_key=self._cluster_key)
         metrics.watch(self.journeys.in_flight, self.workers)
         self._rpc = self._make_rpc_server()
-        app = make_app(self.journeys, metrics, max_body_bytes=config.max_body_bytes, keep_alive_s=keep_alive_s)
+        self.metrics = metrics
+        app = make_app(self.journeys, self.scrape, max_body_bytes=config.max_body_bytes, keep_alive_s=keep_alive_s)
         self._http = _HttpServer(
             uvicorn.Config(
                 app,
@@ -70,20 +77,22 @@ class Gateway:
 
     async def start(self) -> GatewayReady:
         """Opens both doors. Raises OperatorError when an address cannot be had; then nothing is left open."""
-        listener = _listen(parse_address(self._config.http))
+        listener = self._listen()
         try:
             grpc_address = await self._rpc.start(self._config.grpc)
         except BindError as error:
             listener.close()
             raise cannot_listen(parse_address(self._config.grpc), error, flag="--grpc") from error
-        ready = GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address)
-        _warn_if_open("REST", parse_address(ready.http))
-        _warn_if_open("gRPC", parse_address(ready.grpc))
+        ready = GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address, grpc_address)
         self._tasks = [
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http"),
             asyncio.create_task(self._report_health(), name="health"),
         ]
         return ready
+
+    async def scrape(self) -> bytes:
+        """The metrics page."""
+        return self.metrics.render()
 
     async def drain(self, *, timeout_s: float) -> None:
         """Takes no new requests; returns when those under way have ended, or `timeout_s` later."""
@@ -105,17 +114,30 @@ class Gateway:
         rpc = RpcServer(
             [service.full_name for file in files for service in file.services_by_name.values()],
             max_concurrent_calls=_max_concurrent(self._config),
+            options=self._rpc_options,
         )
         inference = InferenceServicer(self.journeys, self.workers)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, rpc.grpc)
-        registry = RegistryServicer(
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(self._registry(), rpc.grpc)
+        return rpc
+
+    def _registry(self) -> registry_pb2_grpc.RegistryServiceServicer:
+        return RegistryServicer(
             self.workers,
             model_digest=self.journeys.model.digest,
             key_fingerprint=key_fingerprint(self._cluster_key),
             heartbeat_s=self._config.heartbeat_s,
         )
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, rpc.grpc)
-        return rpc
+
+    def _listen(self) -> socket.socket:
+        """The listening socket of the REST door. Raises PortError for an address that cannot be bound."""
+        address = parse_address(self._config.http)
+        try:
+            listener = socket.create_server(address, family=address.family, backlog=BACKLOG)
+        except OSError as error:
+            raise cannot_listen(address, error, flag="--http") from error
+        send_at_once(listener)
+        return listener
 
     async def _report_health(self) -> None:
         """Health says SERVING while a request sent now would be served."""
@@ -142,6 +164,11 @@ class _HttpServer(uvicorn.Server):
         self.should_exit = True
         self._end.set()
 
+    def close_door(self) -> None:
+        """Stops accepting; everything else goes on."""
+        for server in self.servers:
+            server.close()
+
     async def main_loop(self) -> None:
         """Keeps the date header fresh until the end."""
         while not await self.on_tick(0):
@@ -159,17 +186,7 @@ def _max_concurrent(config: GatewayConfig) -> int:
     return 2 * config.max_requests + _SLACK
 
 
-def _warn_if_open(door: str, address: Address) -> None:
-    if not address.is_loopback:
+def warn_if_open(door: str, text: str) -> None:
+    """Logs a door, host:port, that is not on loopback."""
+    if not (address := parse_address(text)).is_loopback:
         log.warning("the %s door on %s is open to the network in plaintext, without authentication", door, address)
-
-
-def _listen(address: Address) -> socket.socket:
-    """A listening socket. Raises PortError for what cannot be bound."""
-    try:
-        listener = socket.create_server(address, family=address.family, backlog=_BACKLOG)
-    except OSError as error:
-        raise cannot_listen(address, error, flag="--http") from error
-    # Accepted sockets inherit it. Without it a small frame waits for the acknowledgement of the one before, 40 ms.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener

@@ -6,7 +6,7 @@ Every error, also one of routing, has a body in OpenAI's shape.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -22,7 +22,7 @@ from gateway.event_stream import KEEP_ALIVE_S
 from gateway.generate_http import REQUEST_ID_KEY, GenerateEndpoint
 from gateway.http_error import HttpError, error_response
 from gateway.journey import Journeys
-from gateway.metrics import CONTENT_TYPE, Metrics
+from gateway.metrics import CONTENT_TYPE
 from gateway.openai_request import parse_chat, parse_completion
 from gateway.openai_response import ChatShape, CompletionShape
 from gateway.prepare import check_model
@@ -34,14 +34,18 @@ log = logging.getLogger(__name__)
 
 
 def make_app(
-    journeys: Journeys, metrics: Metrics, *, max_body_bytes: int, keep_alive_s: float = KEEP_ALIVE_S
+    journeys: Journeys,
+    scrape: Callable[[], Awaitable[bytes]],
+    *,
+    max_body_bytes: int,
+    keep_alive_s: float = KEEP_ALIVE_S,
 ) -> ASGIApp:
-    """The application. Serves one gateway; event loop only."""
+    """The application. Serves one gateway, whose metrics `scrape` gives; event loop only."""
     chat = GenerateEndpoint(journeys, parse_chat, ChatShape, max_body_bytes=max_body_bytes, keep_alive_s=keep_alive_s)
     completion = GenerateEndpoint(
         journeys, parse_completion, CompletionShape, max_body_bytes=max_body_bytes, keep_alive_s=keep_alive_s
     )
-    pages = _Pages(journeys, metrics)
+    pages = _Pages(journeys, scrape)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
@@ -61,9 +65,9 @@ def make_app(
 class _Pages:
     """The small answers."""
 
-    def __init__(self, journeys: Journeys, metrics: Metrics) -> None:
+    def __init__(self, journeys: Journeys, scrape: Callable[[], Awaitable[bytes]]) -> None:
         self._journeys = journeys
-        self._metrics = metrics
+        self._scrape = scrape
 
     async def models(self, request: Request) -> Response:
         """The one model, as a list."""
@@ -94,7 +98,10 @@ class _Pages:
     async def metrics(self, request: Request) -> Response:
         """Numbers for a scraper."""
         del request
-        return Response(self._metrics.render(), media_type=CONTENT_TYPE)
+        try:
+            return Response(await self._scrape(), media_type=CONTENT_TYPE)
+        except StaffettaError as error:
+            return error_response(error)
 
     async def version(self, request: Request) -> Response:
         """The software's version."""

@@ -49,8 +49,9 @@ class Model:
     created: int
 
 
-def load_model(config: ModelConfig) -> Model:
-    """Reads the model that `config` names. Reads all its weights once, for the digest, unless it is remembered.
+def load_model(config: ModelConfig, *, digest: str = "") -> Model:
+    """Reads the model that `config` names. Reads all its weights once, for the digest, unless it is remembered, or
+    `digest` gives it.
 
     Raises ModelNotFoundError when it is not there or not whole, UsageError for a setting that does not fit it.
     """
@@ -61,7 +62,7 @@ def load_model(config: ModelConfig) -> Model:
         raise UsageError(
             "BAD_MODEL_NAME", error.message, why="clients ask for models by it", fix="--served-model-name NAME"
         ) from error
-    digest = remembered_digest(directory, open_cache(config.cache_dir, model=directory))
+    digest = digest or remembered_digest(directory, open_cache(config.cache_dir, model=directory))
     shape = read_fields(directory / "config.json")
     vocab_size = shape.integer("vocab_size", low=1, high=2**22)
     own_length = shape.integer("max_position_embeddings", low=1, high=2**24)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from staffetta.v1 import registry_pb2 as staffetta_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astaffetta/v1/gateway.proto\x12\x0cstaffetta.v1\x1a\x1bstaffetta/v1/registry.proto\"\x8f\x02\n\rParentMessage\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.staffetta.v1.ChildStartH\x00\x12\x32\n\x06joined\x18\x02 \x01(\x0b\x32 .staffetta.v1.WorkerAnnouncementH\x00\x12.\n\x08reported\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.PassedReportH\x00\x12\x0e\n\x04left\x18\x04 \x01(\tH\x00\x12)\n\x04pull\x18\x05 \x01(\x0b\x32\x19.staffetta.v1.PullMetricsH\x00\x12)\n\x04page\x18\x06 \x01(\x0b\x32\x19.staffetta.v1.MetricsPageH\x00\x42\t\n\x07message\"\xd3\x01\n\x0c\x43hildMessage\x12)\n\x05ready\x18\x01 \x01(\x0b\x32\x18.staffetta.v1.ChildReadyH\x00\x12.\n\x08sessions\x18\x02 \x01(\x0b\x32\x1a.staffetta.v1.OpenSessionsH\x00\x12\x30\n\x0bown_metrics\x18\x03 \x01(\x0b\x32\x19.staffetta.v1.MetricsPageH\x00\x12+\n\x06scrape\x18\x04 \x01(\x0b\x32\x19.staffetta.v1.PullMetricsH\x00\x42\t\n\x07message\"+\n\nChildStart\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\"P\n\x0cPassedReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1d.staffetta.v1.RegisterRequest\"\x1d\n\x0bPullMetrics\x12\x0e\n\x06number\x18\x01 \x01(\x04\"+\n\x0bMetricsPage\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\x0c\"\x0c\n\nChildReady\";\n\x0cOpenSessions\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.staffetta.v1.OpenSession\"5\n\x0bOpenSession\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1astaffetta/v1/gateway.proto\x12\x0cstaffetta.v1\x1a\x1bstaffetta/v1/registry.proto\"\x8f\x02\n\rParentMessage\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.staffetta.v1.ChildStartH\x00\x12\x32\n\x06joined\x18\x02 \x01(\x0b\x32 .staffetta.v1.WorkerAnnouncementH\x00\x12.\n\x08reported\x18\x03 \x01(\x0b\x32\x1a.staffetta.v1.PassedReportH\x00\x12\x0e\n\x04left\x18\x04 \x01(\tH\x00\x12)\n\x04pull\x18\x05 \x01(\x0b\x32\x19.staffetta.v1.PullMetricsH\x00\x12)\n\x04page\x18\x06 \x01(\x0b\x32\x19.staffetta.v1.MetricsPageH\x00\x42\t\n\x07message\"\xd3\x01\n\x0c\x43hildMessage\x12)\n\x05ready\x18\x01 \x01(\x0b\x32\x18.staffetta.v1.ChildReadyH\x00\x12.\n\x08sessions\x18\x02 \x01(\x0b\x32\x1a.staffetta.v1.OpenSessionsH\x00\x12\x30\n\x0bown_metrics\x18\x03 \x01(\x0b\x32\x19.staffetta.v1.MetricsPageH\x00\x12+\n\x06scrape\x18\x04 \x01(\x0b\x32\x19.staffetta.v1.PullMetricsH\x00\x42\t\n\x07message\"A\n\nChildStart\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\"P\n\x0cPassedReport\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12-\n\x06report\x18\x02 \x01(\x0b\x32\x1d.staffetta.v1.RegisterRequest\"\x1d\n\x0bPullMetrics\x12\x0e\n\x06number\x18\x01 \x01(\x04\"+\n\x0bMetricsPage\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\x0c\"\x0c\n\nChildReady\";\n\x0cOpenSessions\x12+\n\x08sessions\x18\x01 \x03(\x0b\x32\x19.staffetta.v1.OpenSession\"5\n\x0bOpenSession\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,17 +37,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHILDMESSAGE']._serialized_start=348
   _globals['_CHILDMESSAGE']._serialized_end=559
   _globals['_CHILDSTART']._serialized_start=561
-  _globals['_CHILDSTART']._serialized_end=604
-  _globals['_PASSEDREPORT']._serialized_start=606
-  _globals['_PASSEDREPORT']._serialized_end=686
-  _globals['_PULLMETRICS']._serialized_start=688
-  _globals['_PULLMETRICS']._serialized_end=717
-  _globals['_METRICSPAGE']._serialized_start=719
-  _globals['_METRICSPAGE']._serialized_end=762
-  _globals['_CHILDREADY']._serialized_start=764
-  _globals['_CHILDREADY']._serialized_end=776
-  _globals['_OPENSESSIONS']._serialized_start=778
-  _globals['_OPENSESSIONS']._serialized_end=837
-  _globals['_OPENSESSION']._serialized_start=839
-  _globals['_OPENSESSION']._serialized_end=892
+  _globals['_CHILDSTART']._serialized_end=626
+  _globals['_PASSEDREPORT']._serialized_start=628
+  _globals['_PASSEDREPORT']._serialized_end=708
+  _globals['_PULLMETRICS']._serialized_start=710
+  _globals['_PULLMETRICS']._serialized_end=739
+  _globals['_METRICSPAGE']._serialized_start=741
+  _globals['_METRICSPAGE']._serialized_end=784
+  _globals['_CHILDREADY']._serialized_start=786
+  _globals['_CHILDREADY']._serialized_end=798
+  _globals['_OPENSESSIONS']._serialized_start=800
+  _globals['_OPENSESSIONS']._serialized_end=859
+  _globals['_OPENSESSION']._serialized_start=861
+  _globals['_OPENSESSION']._serialized_end=914
 # @@protoc_insertion_point(module_scope)

@@ -127,19 +127,23 @@ class ChildStart(_message.Message):
 
     INDEX_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Counts the gateway's children from 0."""
     config: _builtins.str
     """Holds the resolved settings, as `staffetta.config.resolved` writes them; addresses have their ports."""
+    model_digest: _builtins.str
+    """States the model's digest, so that a child need not read the weights once more."""
     def __init__(
         self,
         *,
         index: _builtins.int = ...,
         config: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "index", b"index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "index", b"index", "model_digest", b"model_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
