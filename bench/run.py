@@ -90,7 +90,7 @@ def servers(weights: Weights, model: Path, *, threads: int) -> tuple[LocalServer
     flags = ("--dtype", "bfloat16", "--kv-memory", "2GiB", "--threads", str(threads), *weights.flags)
     return (
         LocalServer("colocated", model, ("--prefill", "0", *flags)),
-        LocalServer("handed over", model, ("--prefill", "1", *flags)),
+        LocalServer("handed over", model, ("--prefill", "1", "--no-local-prefill", *flags)),
     )
 
 
@@ -134,6 +134,11 @@ def system_bars(system: SystemResult, shape: ModelShape) -> list[Bar]:
     return bars
 
 
+def system_fields(system: SystemResult, shape: ModelShape) -> dict[str, object]:
+    """One system as JSON has it."""
+    return {**dataclasses.asdict(system), "bars": [bar_fields(bar) for bar in system_bars(system, shape)]}
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
@@ -152,22 +157,19 @@ def main(argv: Sequence[str]) -> int:
     if not options.quick:
         kernels, limits = run_kernels(limits)
         print(f"kernels\n\n{kernels_table(kernels)}\n", flush=True)
-    systems, bars, samples = list[SystemResult](), list[Bar](), [limits]
+    systems = []
     for name in options.weights:
         system = run_system(Weights(name), options)
         systems.append(system)
-        bars += system_bars(system, SHAPES[options.shape])
-        samples += [sample for of_workload in system.limits.values() for sample in of_workload]
-        found = system.measurement
-        print(f"{name}\n\n{measurement_table(found)}\n\n{conditions(found)}\n", flush=True)
-    print(f"limits of this machine, before and after each round\n\n{limits_table(samples)}\n")
-    print(f"bars\n\n{bars_table(bars)}")
+        found, bars = system.measurement, bars_table(system_bars(system, SHAPES[options.shape]))
+        print(f"{name}\n\n{measurement_table(found)}\n\n{conditions(found)}\n\n{bars}\n", flush=True)
+    samples = [limits, *(each for system in systems for found in system.limits.values() for each in found)]
+    print(f"limits of this machine, before the servers and after each round\n\n{limits_table(samples)}")
     content = {
         "command": ["python", "-m", "bench.run", *argv],
         "kernel_limits": dataclasses.asdict(limits),
         "kernels": [result_fields(kernel) for kernel in kernels],
-        "systems": [dataclasses.asdict(system) for system in systems],
-        "bars": [bar_fields(bar) for bar in bars],
+        "systems": [system_fields(system, SHAPES[options.shape]) for system in systems],
     }
     write_result(RESULTS / f"{options.name}.json", content)
     return 0
