@@ -31,6 +31,8 @@ from staffetta.hashing import BlockHasher, key_fingerprint
 from staffetta.v1 import common_pb2
 from staffetta.validate import Limits
 from worker.codec import layout_to_proto
+from worker.headroom import available_bytes
+from worker.pool_pages import PoolPages
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Rank:
     cluster_key: bytes
     tickets: TicketBook
     _engine_thread: EngineThread | None = None
+    _pages: PoolPages | None = None
     _private_dir: "tempfile.TemporaryDirectory[str] | None" = None
 
     @property
@@ -85,6 +88,11 @@ class Rank:
         self._engine_thread = EngineThread(engine, on_output=on_output, on_failure=on_failure)
         self._engine_thread.start()
 
+    def touch_pool(self) -> None:
+        """Begins to touch the pool's pages, beside everything else; once, when the worker can be used already."""
+        self._pages = PoolPages(self.memory)
+        self._pages.start()
+
     def shm_dir(self) -> Path:
         """Where shm sockets go: the configured directory, else a private one that ends with the rank."""
         if self.config.shm_dir:
@@ -95,9 +103,11 @@ class Rank:
 
     def stop(self) -> None:
         """Ends the engine thread, then the pool's memory. Whoever reads or exports the pool has been closed before."""
+        if self._pages is not None:
+            self._pages.stop()
         if self._engine_thread is not None:
             self._engine_thread.stop()
-        self._engine_thread = None
+        self._engine_thread = self._pages = None
         del self.runner  # its tensors are views of the memory
         self.memory.close()
         if self._private_dir is not None:
@@ -199,7 +209,7 @@ def open_exporters(rank: Rank) -> list[KVExporter]:
 
 
 def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_bytes: int) -> None:
-    available = _available_bytes()
+    available = available_bytes()
     if num_blocks < 1:
         raise DoesNotFitError(
             "KV_POOL_TOO_SMALL",
@@ -214,17 +224,6 @@ def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_
             why=f"{available} bytes of memory are available",
             fix=f"--num-blocks {max(1, available // 2 // page_bytes)}",
         )
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping: free, and what the system's own caches would give back."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                return int(rest.split()[0]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _role_name(role: common_pb2.WorkerRole.ValueType) -> str:

@@ -1,6 +1,7 @@
 """A worker's process from its first to its last exit code, and the operator's door while it lives."""
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from prefill_svc.main import PrefillService
 from staffetta.config.schema import PrefillConfig
 from staffetta.errors import InvalidRequestError
 from staffetta.exits import ExitCode, PortError, UsageError
+from staffetta.rpc import logging as rpc_logging
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.server import RpcServer
 from staffetta.rpc.status import error_from_rpc
@@ -24,9 +26,9 @@ from staffetta.v1 import common_pb2, control_pb2, control_pb2_grpc
 from tests.handoff.cluster import make_prompt
 from tests.prefill_svc.test_servicer import Reader
 from tests.rpc.in_loop import in_loop, until
-from worker import control
+from worker import control, lifecycle
 from worker.control import ControlServicer
-from worker.lifecycle import Worker
+from worker.lifecycle import Service, Worker
 from worker.rank import load_rank
 
 
@@ -59,6 +61,7 @@ async def test_a_worker_ends_with_zero_after_a_drain() -> None:
         info = await stub.GetInfo(control_pb2.GetInfoRequest())
         assert info.identity == process.rank.identity
         assert info.backend == process.worker.backend
+        assert process.rank._pages is not None
         load = await stub.GetLoad(control_pb2.GetLoadRequest())
         assert (load.total_blocks, load.free_blocks, load.num_sessions, load.is_draining) == (32, 32, 0, False)
         reported = await process.worker.load()
@@ -70,6 +73,32 @@ async def test_a_worker_ends_with_zero_after_a_drain() -> None:
         assert await process.running == 0
     await until(lambda: threading.active_count() <= num_threads + 4)  # executor and gRPC threads of the loop stay
     assert not any(thread.name in ("engine", "checksum_0") for thread in threading.enumerate())
+
+
+def test_what_was_loaded_is_kept_from_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Frozen:
+        def __init__(self, rank: object, make_service: object) -> None:
+            """Nothing is served."""
+
+        async def run(self) -> int:
+            return gc.get_freeze_count()
+
+    config = PrefillConfig(threads=1, num_blocks=2, transports=("loopback",))
+    rank = load_rank(config, common_pb2.WORKER_ROLE_PREFILL)
+    monkeypatch.setattr(lifecycle, "load_rank", lambda *_: rank)
+    monkeypatch.setattr(lifecycle, "Worker", Frozen)
+    monkeypatch.setattr(rpc_logging, "configure", lambda *_: None)
+    try:
+        assert gc.get_freeze_count() == 0
+        num_frozen = lifecycle.run_worker(config, common_pb2.WORKER_ROLE_PREFILL, lambda _: unserved())
+        assert num_frozen > 50_000
+    finally:
+        gc.unfreeze()
+        rank.stop()
+
+
+def unserved() -> Service:
+    raise AssertionError("nothing is served")
 
 
 @in_loop

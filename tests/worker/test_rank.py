@@ -11,7 +11,6 @@ from engine.request import StepOutput
 from staffetta.config.schema import PrefillConfig
 from staffetta.exits import DoesNotFitError, ModelNotFoundError, UsageError, run
 from staffetta.v1 import common_pb2
-from worker import rank as rank_module
 from worker.rank import Rank, load_rank, open_exporters
 
 PREFILL, DECODE = common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_DECODE
@@ -92,11 +91,6 @@ def test_a_pool_beyond_the_memory_there_is_does_not_fit(capsys: pytest.CaptureFi
     assert "bytes of memory are available" in capsys.readouterr().err
 
 
-def test_memory_that_caches_would_give_back_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda _: "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    5 kB\n")
-    assert rank_module._available_bytes() == 5 * 1024
-
-
 def test_a_model_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError):
         load_rank(make_config(model=str(tmp_path)), PREFILL)
@@ -122,3 +116,13 @@ def test_without_any_transport_there_is_no_worker(transports: tuple[str, ...]) -
         open_exporters(rank)
     assert raised.value.name == "NO_TRANSPORT"
     rank.stop()
+
+
+def test_a_rank_touches_its_pool_until_it_stops() -> None:
+    rank = load_rank(make_config(), DECODE)
+    start(rank)
+    rank.touch_pool()
+    pages = rank._pages
+    assert pages is not None and pages._thread.ident is not None
+    rank.stop()
+    assert not pages._thread.is_alive()
