@@ -1,8 +1,8 @@
 """The child processes of a gateway of several: started, told what they must know, asked for their metrics, restarted.
 
 One task for each keeps it: a child that ends, for whatever reason, is followed by another in its place, on the same
-listening socket, which the parent holds open meanwhile. A child that does not answer for `WEDGED_S` is killed: others
-can do without it, its connections cannot. Never touches a request. Event loop only.
+listening socket, which the parent holds open meanwhile. A child that answers nothing is killed: while it lives, the
+connections that the kernel gives it wait in vain. Never touches a request. Event loop only.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -25,10 +25,12 @@ from staffetta.exits import ExitCode, OperatorError
 from staffetta.restart import Backoff, describe_status, final_code
 from staffetta.v1 import gateway_pb2
 
-WEDGED_S: Final = 10.0
-"""A child that answers nothing for this long serves nobody: its event loop answers between any two things it does."""
+PULL_S: Final = 1.0
+"""Between two pulls of metrics, and how long one waits: what is lost with a child is what it counted meanwhile."""
+MAX_UNANSWERED: Final = 10
+"""Pulls in a row after which a child is taken for wedged: its event loop answers between any two things it does."""
 START_S: Final = 60.0
-"""The same until its doors are open: it imports, and reads the model's small files."""
+"""What a child gets to open its doors: it imports, and reads the model's small files."""
 SCRAPE_S: Final = 1.0
 """How long a scrape waits for children that are busy; the page then has what they told last."""
 _LAST_WORDS_S: Final = 2.0
@@ -66,7 +68,7 @@ class Child:
     """Decode workers that it has a session to, each with its incarnation."""
     page: bytes = b""
     """Its metrics as it told them last."""
-    heard_at: float = 0.0
+    num_unanswered: int = 0
     started_at: float = 0.0
     num_early_ends: int = 0
     backoff: Backoff = field(default_factory=Backoff)
@@ -86,14 +88,12 @@ class Children:
         *,
         start_of: Callable[[int], gateway_pb2.ChildStart],
         so_far: Callable[[], Iterable[gateway_pb2.ParentMessage]],
-        pull_s: float,
     ) -> None:
         """One child for each of `listeners`, which stay the caller's. `start_of` gives the first message to the child
-        of an index, `so_far` what it is told next; metrics are pulled every `pull_s`."""
+        of an index, `so_far` what it is told next."""
         self._children = [Child(index, listener) for index, listener in enumerate(listeners)]
         self._start_of = start_of
         self._so_far = so_far
-        self._pull_s = pull_s
         self._totals = Totals()
         self._ends: dict[str, int] = {}
         self._pulls: Pulls[Child] = Pulls()
@@ -177,11 +177,11 @@ class Children:
 
     async def _live(self, child: Child) -> int:
         """One life of a child, from its start to its end; its exit status."""
-        now = asyncio.get_running_loop().time
         ours, theirs = socket.socketpair()
         with theirs:
-            child.started_at = child.heard_at = now()
+            child.started_at = asyncio.get_running_loop().time()
             child.has_served = False
+            child.num_unanswered = 0
             child.process = process = ChildProcess(link=theirs, listener=child.listener)
             log.info("process %d has pid %d", child.index, process.pid)
         link = await ChildLink.open(ours, gateway_pb2.ChildMessage)
@@ -193,7 +193,6 @@ class Children:
             self._send(child, message)
         try:
             while (said := await link.receive()) is not None:
-                child.heard_at = now()
                 self._take(child, said)
         except LinkError as error:
             log.error("process %d: %s", child.index, error)
@@ -231,12 +230,12 @@ class Children:
         if child.link is not None:
             self._send(child, gateway_pb2.ParentMessage(page=page))
 
-    async def _pull(self, timeout_s: float) -> None:
-        """Asks every child for its metrics; returns when they have answered or ended, or `timeout_s` later."""
+    async def _pull(self, timeout_s: float) -> Collection[Child]:
+        """Asks every child for its metrics; returns when they have answered or ended, or `timeout_s` later: who has not
+        answered."""
         number = self._pulls.ask(child for child in self._children if child.is_ready)
         self.tell(gateway_pb2.ParentMessage(pull=gateway_pb2.PullMetrics(number=number)))
-        if num_missing := await self._pulls.wait(number, timeout_s=timeout_s):
-            log.info("%d processes did not tell their metrics within %g s", num_missing, timeout_s)
+        return await self._pulls.wait(number, timeout_s=timeout_s)
 
     def _retire(self, child: Child) -> None:
         self._totals.retire(child.page)
@@ -257,16 +256,18 @@ class Children:
         return [serving, ends]
 
     async def _watch(self) -> None:
-        """Pulls metrics, so that little is lost with a child, and kills one that has answered nothing for long."""
+        """Pulls metrics, so that little is lost with a child, and kills one that answers nothing."""
         now = asyncio.get_running_loop().time
         while True:
-            await asyncio.sleep(self._pull_s)
+            await asyncio.sleep(PULL_S)
+            missing = await self._pull(PULL_S)
             for child in self._children:
-                limit_s = WEDGED_S if child.is_ready else START_S
-                if child.process is not None and now() - child.heard_at > limit_s and not self._stopping.is_set():
-                    log.error("process %d has not answered for %g s and is killed", child.index, limit_s)
+                # Pulls are counted, not seconds: those in which this process itself stood still are nobody's silence.
+                child.num_unanswered = child.num_unanswered + 1 if child in missing else 0
+                is_late = not child.has_served and now() - child.started_at > START_S
+                if (is_late or child.num_unanswered >= MAX_UNANSWERED) and not self._stopping.is_set():
+                    log.error("process %d does not answer and is killed", child.index)
                     _signal(child, signal.SIGKILL)
-            await self._pull(self._pull_s)
 
     def _send(self, child: Child, message: gateway_pb2.ParentMessage) -> None:
         """Sends to a child that has a link. One that does not read is killed; its keeper sees its end."""

@@ -112,7 +112,6 @@ class Parent:
             [self._listen(http) for _ in range(config.workers)],
             start_of=self._start_of,
             so_far=self.roster.so_far,
-            pull_s=config.heartbeat_s,
         )
         await self._children.start()
         await self._rpc.set_serving()

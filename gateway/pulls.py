@@ -1,7 +1,7 @@
 """Questions put to several at once, and who has not answered: the bookkeeping of a scrape. Event loop only."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -33,16 +33,16 @@ class Pulls(Generic[T]):
             missing.discard(member)
         self._notify()
 
-    async def wait(self, number: int, *, timeout_s: float) -> int:
-        """Returns once everybody has answered or is gone, or `timeout_s` later: how many are missing. Once a number."""
+    async def wait(self, number: int, *, timeout_s: float) -> Collection[T]:
+        """Returns once everybody has answered or is gone, or `timeout_s` later: who is missing. Once a number."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self._missing[number]:
                     await self._change.wait()
         except TimeoutError:
-            return len(self._missing[number])
+            return self._missing[number]
         else:
-            return 0
+            return ()
         finally:
             del self._missing[number]
 

@@ -69,6 +69,9 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         self.sequence_numbers: list[int] | None = None
         self._granted = asyncio.Event()
         self._pipe: Pipe | None = None
+        """The newest session's."""
+        self._pipes: dict[str, Pipe] = {}
+        """Those that started a request."""
         self._rpc = RpcServer(["staffetta.v1.DecodeService"])
         self._tasks: list[asyncio.Task[None]] = []
         self._report = asyncio.Event()
@@ -126,9 +129,17 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         event.prompt_tokens.extend(make_token(at, prompt[at], num_logprobs=num_logprobs) for at in positions)
         self.send(event)
 
+    def requests_by_session(self) -> list[list[str]]:
+        """The requests that each session started, which has any, in order."""
+        by_pipe: dict[int, list[str]] = {}
+        for request_id, pipe in self._pipes.items():
+            by_pipe.setdefault(id(pipe), []).append(request_id)
+        return list(by_pipe.values())
+
     def send(self, event: decode_pb2.SequenceEvent) -> None:
-        assert self._pipe is not None
-        self._pipe.send(decode_pb2.DecodeSessionResponse(step=decode_pb2.StepEvents(events=[event])))
+        pipe = self._pipes.get(event.request_id, self._pipe)
+        assert pipe is not None
+        pipe.send(decode_pb2.DecodeSessionResponse(step=decode_pb2.StepEvents(events=[event])))
 
     async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         pipe = Pipe(context.read, context.write, heartbeat_s=HEARTBEAT_S)
@@ -164,6 +175,7 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
             match message.WhichOneof("command"):
                 case "start":
                     start = message.start
+                    self._pipes[start.request_id] = pipe
                     self.prompts[start.request_id] = list(start.token_ids)
                     for choice in range(start.sampling.n):
                         self.credit[start.request_id, choice] = start.credit
