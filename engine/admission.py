@@ -52,7 +52,7 @@ def _check_choices(request: Request, max_requests: int) -> None:
     choices = request.choices
     if not choices or list(choices) != sorted(set(choices)) or choices[0] < 0:
         raise InvalidRequestError(f"choices are {choices}: name each once, rising, from 0 on", param="n")
-    if len(choices) > max_requests:
+    if request.num_places > max_requests:
         raise InvalidRequestError(
             f"{len(choices)} choices are asked for and this worker holds at most {max_requests}: lower n", param="n"
         )

@@ -72,9 +72,9 @@ class Engine:
         if request.request_id in self._live:
             raise InvalidRequestError("a request with this id is under way: ids are used once", param="request_id")
         check_request(request, self._limits, block_size=self._hasher.block_size, num_blocks=self._pool.num_blocks)
-        if self._live.num_choices + len(request.choices) > self._limits.max_requests:
+        if self._live.num_places + request.num_places > self._limits.max_requests:
             raise QueueFullError(
-                f"this worker holds {self._live.num_choices} requests, a choice counted as one, and may hold "
+                f"this worker holds {self._live.num_places} requests, a choice counted as one, and may hold "
                 f"{self._limits.max_requests}: retry later"
             )
         sequence = Sequence(request, self._hasher, BlockLease(self._pool), self._clock())

@@ -22,9 +22,9 @@ class LiveSequences:
         return request_id in self._by_request
 
     @property
-    def num_choices(self) -> int:
-        """Choices that have no ending, and those of prefills that are held."""
-        return sum(len(sequence.open_choices) for sequence in self)
+    def num_places(self) -> int:
+        """Places taken: one for each choice that has no ending, and one for each prefill until it is released."""
+        return sum(1 if sequence.is_prefill else len(sequence.open_choices) for sequence in self)
 
     def of(self, request_id: RequestId) -> tuple[Sequence, ...]:
         """The sequences of one request; none when it is over, or never was."""

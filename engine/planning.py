@@ -22,7 +22,7 @@ from kvtransfer.layout import BlockId
 class EngineLimits:
     """Bounds of an engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once.
 
-    `max_requests` counts choices: a request for three of them is three. `max_slowdown` is how many times as long a step
+    `max_requests` counts `Request.num_places`. `max_slowdown` is how many times as long a step
     that generates may take for the prompt tokens in it; see `engine.pacing`.
     """
 

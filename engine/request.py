@@ -87,6 +87,11 @@ class Request:
     first_token_index: int = 0
     choices: tuple[int, ...] = (0,)
 
+    @property
+    def num_places(self) -> int:
+        """What it counts where requests are counted: each choice one; a prefill, one sequence for all choices, one."""
+        return 1 if self.kind is RequestKind.PREFILL else len(self.choices)
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:

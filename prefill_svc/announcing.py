@@ -76,10 +76,6 @@ class Announcer:
         """Hand-offs that have not ended."""
         return len(self._handoffs)
 
-    def num_choices(self) -> int:
-        """Choices of the requests whose hand-offs have not ended."""
-        return sum(len(handoff.choices) for handoff in self._handoffs.values())
-
     # From the engine to the decode worker
 
     def on_output(self, output: StepOutput) -> None:

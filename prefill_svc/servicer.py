@@ -141,9 +141,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             if self._is_draining:
                 raise DrainingError(f"{self._rank.identity.worker_id} is draining; use another prefill worker")
-            if (num_choices := self._announcer.num_choices()) > self._max_requests:
+            # One sequence computes a prompt for all its choices, so a hand-off is one, whatever n.
+            if (num_handoffs := self._announcer.num_handoffs()) > self._max_requests:
                 raise QueueFullError(
-                    f"{num_choices} choices would be held here, {self._max_requests} may be; retry later"
+                    f"{num_handoffs} prompts would be held here, {self._max_requests} may be; retry later"
                 )
             check_prefill(start, limits, block_size=self._rank.layout.groups[0].block_size)
             handoff.prompt = PromptParts(start.num_prompt_tokens, start.token_ids, limits)

@@ -77,8 +77,10 @@ def make_request(
     )
 
 
-def make_prefill(name: str, prompt: tuple[int, ...] | range, *, priority: int = 0) -> Request:
-    return make_request(name, prompt, kind=RequestKind.PREFILL, priority=priority)
+def make_prefill(
+    name: str, prompt: tuple[int, ...] | range, *, priority: int = 0, choices: tuple[int, ...] = (0,)
+) -> Request:
+    return make_request(name, prompt, kind=RequestKind.PREFILL, priority=priority, choices=choices)
 
 
 def make_limits(

@@ -137,6 +137,17 @@ def test_beyond_max_requests_a_typed_retryable_refusal() -> None:
     engine.add(make_request("b"))
 
 
+def test_a_prefill_takes_one_place_whatever_its_choices() -> None:
+    engine, _ = make_engine(limits=make_limits(max_requests=2))
+    for name in ("a", "b"):
+        engine.add(make_prefill(name, range(4), choices=(0, 1, 2)))
+    with pytest.raises(QueueFullError, match="holds 2 requests, a choice counted as one, and may hold 2"):
+        engine.add(make_prefill("c", range(4)))
+    assert [len(output.tokens) for outputs in run_to_end(engine).values() for output in outputs] == [3, 3]
+    engine.release(RequestId("a"))
+    engine.add(make_prefill("c", range(4), choices=(0, 1, 2)))
+
+
 def test_a_prefill_reports_each_block_once_then_its_token_and_is_held() -> None:
     engine, _ = make_engine(limits=make_limits(max_batch_tokens=8))
     request = make_prefill("p", range(18))

@@ -77,27 +77,26 @@ async def test_choices_that_make_no_sense_are_refused_with_the_fix() -> None:
 
 
 @in_loop
-async def test_a_worker_is_full_by_choices() -> None:
-    async with prefill_worker(max_requests=4) as worker, reader_of(worker) as reader:
-        held = await reader.start(PROMPT, sampling=drawn(n=3))
-        await reader.until(held, "last", "first_tokens")
-        (event,) = await reader.until(await reader.start(PROMPT, sampling=drawn(n=2)), "failed")
+async def test_a_worker_is_full_by_prompts_whatever_their_choices() -> None:
+    async with prefill_worker(max_requests=2) as worker, reader_of(worker) as reader:
+        held = [await reader.start(PROMPT, sampling=drawn(n=n)) for n in (16, 3)]
+        for handoff_id in held:
+            events = await reader.until(handoff_id, "last", "first_tokens")
+        assert len(first_tokens_of(events)) == 3
+        (event,) = await reader.until(await reader.start(PROMPT), "failed")
         assert (event.failed.reason, event.failed.is_retryable) == ("QUEUE_FULL", True)
-        one = await reader.start(PROMPT)
-        await reader.until(one, "last", "first_tokens")
-        for handoff_id in (held, one):
-            await reader.release(handoff_id)
-        await until_counts(worker, lambda counts: counts.num_held == 0)
-        await reader.until(await reader.start(PROMPT, sampling=drawn(n=4)), "last", "first_tokens")
+        await reader.release(held[0])
+        await until_counts(worker, lambda counts: counts.num_held == 1)
+        await reader.until(await reader.start(PROMPT, sampling=drawn(n=2)), "last", "first_tokens")
 
 
 @in_loop
-async def test_choices_whose_prompt_is_not_whole_count_as_well() -> None:
-    async with prefill_worker(max_requests=4) as worker, reader_of(worker) as reader:
+async def test_a_prompt_that_is_not_whole_counts_as_well() -> None:
+    async with prefill_worker(max_requests=1) as worker, reader_of(worker) as reader:
         await reader.start(PROMPT[:20], sampling=drawn(n=3), num_prompt_tokens=40)
         refused = await reader.start(PROMPT[:20], sampling=drawn(n=2), num_prompt_tokens=40)
         (event,) = await reader.until(refused, "failed")
-        assert event.failed.message == "5 choices would be held here, 4 may be; retry later"
+        assert event.failed.message == "2 prompts would be held here, 1 may be; retry later"
 
 
 # Log-probabilities of the prompt

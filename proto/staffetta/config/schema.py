@@ -81,7 +81,10 @@ class WorkerConfig(ModelConfig):
         minimum=1,
     )
     max_requests: int = setting(
-        1024, "choices held at once, of requests running and waiting; beyond it requests are refused", minimum=1
+        1024,
+        "choices held at once, of requests running and waiting, of prompts on a prefill worker; beyond it requests "
+        "are refused",
+        minimum=1,
     )
     prefix_caching: bool = setting(True, "keep finished blocks for later prompts with the same beginning")
     transports: tuple[Literal["shm", "tcp", "loopback"], ...] = setting(("shm", "tcp"), "transports to offer and use")
