@@ -1,8 +1,11 @@
 """What `serve` decides to start."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cli.plan import ServePlan, Surroundings, dialable, plan_serve, plan_threads
 from staffetta.config.flags import FlagParser, add_settings
@@ -45,6 +48,26 @@ def test_by_default_one_worker_of_each_role_knows_everything_it_needs() -> None:
     assert plan.workers[0].config == PrefillConfig(worker_id="prefill-0", **expected)
     assert plan.workers[1].config == DecodeConfig(worker_id="decode-0", **expected)
     assert plan.gateway == GatewayConfig(cluster_key="ab" * 32, log_level="warning")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "num_processes"),
+    [
+        (("--gateway-workers", "3"), {}, 3),
+        ((), {"STAFFETTA_GATEWAY_WORKERS": "4"}, 4),
+        (("--gateway-workers", "2"), {"STAFFETTA_GATEWAY_WORKERS": "4"}, 2),
+        (("--gateway-workers", "1"), {"STAFFETTA_GATEWAY_WORKERS": "4"}, 1),
+    ],
+)
+def test_with_several_gateway_processes_workers_register_with_their_parent(
+    argv: tuple[str, ...], environ: dict[str, str], num_processes: int
+) -> None:
+    around = replace(SURROUNDINGS, registry="127.0.0.1:50999")
+    plan = make_plan(*argv, environ=environ, around=around)
+    registry = "127.0.0.1:50999" if num_processes > 1 else "127.0.0.1:50051"
+    assert (plan.gateway.workers, plan.registry) == (num_processes, registry)
+    assert {worker.config.gateways for worker in plan.workers} == {(registry,)}
+    assert (plan.gateway.http, plan.gateway.grpc) == (SURROUNDINGS.http, SURROUNDINGS.grpc)
 
 
 def test_cores_are_shared_out_and_nobody_gets_none() -> None:
