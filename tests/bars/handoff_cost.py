@@ -8,6 +8,7 @@ on their way are waited for, and where each system says that the time went.
 """
 
 import argparse
+import signal
 import statistics
 import sys
 import time
@@ -115,7 +116,7 @@ def measure(model: Path, *, threads: int, rounds: int, num_requests: int, seed: 
     with ExitStack() as stack:
         servers = [stack.enter_context(server) for server in systems(model, threads=threads)]
         for server in servers:
-            print(server.command)
+            print(server.command, flush=True)
         turns: dict[str, list[Turn]] = {server.name: [] for server in servers}
         with Turns({server.name: server.pid for server in servers}) as schedule:
             for number in range(rounds):
@@ -173,6 +174,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=2, help="of each worker; default 2")
     parser.add_argument("--seed", default=str(time.time_ns()), help="draws prompts; default: the time")
     options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: nobody is left stopped
     print(f"seed {options.seed}")
     failures: list[str] = []
     for stored in CheckpointFormat:
