@@ -328,7 +328,7 @@ class ReferenceBackend:
     """This module's functions as a `Backend`. The arithmetic is torch's: its version is part of the instruction set."""
 
     name = "cpu (reference)"
-    abi_version = 3
+    abi_version = 4
     packing = None
 
     @property

@@ -68,6 +68,9 @@ def sample(logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
     falling order, the fewest whose weights reach top_p of their total (Holtzman et al. 2019, arXiv 1904.09751, section
     3.1), with weights round(2^30 exp((z_i - max z) rate)). Gumbel noise makes the argmax a draw from the softmax.
 
+    What no filter keeps has noise all the same, so a token's noise, and the order of any two, is a matter of the draw
+    alone: logits that differ by little, or a filter that keeps more, seldom draw another token.
+
     logits: [rows, vocab_size], float32, on the CPU; not written to. Returns [len(draws)], int64. Raises ArithmeticError
     for a row with a NaN or an infinity, or with nothing left to choose. Bytes: 4 rows vocab_size.
     """

@@ -3,9 +3,9 @@
 What comes out is specified in `kernels.sampling`, and is equal to it but for the roundings of exp and log.
 """
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Sequence
 from ctypes import byref
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,7 +84,7 @@ def score_tokens(backend: "CpuBackend", logits: Tensor, *, at: Tensor, targets: 
 
 def _pack(draws: Sequence[TokenDraw]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
     """The draws as the kernels read them, and all their token ids one after another."""
-    ids: list[Iterable[int]] = []
+    ids: list[bytes] = []
     num_ids = 0
     records = []
     for draw in draws:
@@ -107,6 +107,8 @@ def _pack(draws: Sequence[TokenDraw]) -> tuple[NDArray[np.void], NDArray[np.int6
                 draw.output_index & 0xFFFFFFFF,
             )
         )
-        ids += (prompt, output, draw.banned)
-        num_ids += len(prompt) + len(output) + len(draw.banned)
-    return np.array(records, dtype=_DRAW), np.fromiter(chain.from_iterable(ids), np.int64, num_ids)
+        for part in (prompt, output, draw.banned):
+            if part:
+                ids.append(struct.pack(f"{len(part)}q", *part))  # several times as fast as numpy's conversion
+                num_ids += len(part)
+    return np.array(records, dtype=_DRAW), np.frombuffer(b"".join(ids), np.int64)

@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "rows.h"
 #include "sample.h"
+#include "score.h"
 
 namespace STAFFETTA_ISA {
 

@@ -1,9 +1,10 @@
 // Philox4x32-10 and the Gumbel noise made of it: a token's noise is a function of seed, token, position and choice.
 // Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 3.3 and table 2.
 //
-// A block of four words serves four neighbouring tokens. Noise is costly and mostly futile, so it is made in two steps:
-// words of many tokens at once bound their noise from above; only where that bound could win is the noise computed,
-// from a word more and in double precision.
+// Noise is -ln of an exponential variate. One number says what the least is of the variates of a group of 64 tokens, and
+// thereby bounds their noise from above; where that bound could win, a number of each token says what it has more. Both
+// are looked at in two steps: words of 64 at a time bound them, only where the bound could win they are computed, from a
+// word more and in double precision. `kernels/philox.py` says why that is Gumbel noise.
 #pragma once
 #include "numeric.h"
 
@@ -11,12 +12,14 @@ namespace STAFFETTA_ISA {
 
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u}, kKeyIncrements[2] = {0x9E3779B9u, 0xBB67AE85u};
-constexpr int64_t kTokensPerBlock = 4;
-constexpr double kMostNoise = 36.8;  // -ln(-ln(u)) at the largest u there is, 1 - 2^-53, is 53 ln 2 = 36.74
+constexpr int64_t kIndicesPerBlock = 4, kGroupTokens = kLanes;
+constexpr float kMostOfGroup = 4.15889f;  // ln 64, rounded up: what a group's noise has more than its number's
 
-// Word `token` mod 4 of the block with counter (token / 4, position, choice, part).
-inline uint32_t random_word(const Draw& draw, uint32_t token, uint32_t part) {
-  uint32_t c[4] = {token / 4, draw.output_index, draw.choice, part};
+enum Stream : uint32_t { kOfGroups = 0, kOfTokens = 1 };
+
+// Word `index` mod 4 of the block with counter (index / 4, position, choice, part).
+inline uint32_t random_word(const Draw& draw, uint32_t index, uint32_t part) {
+  uint32_t c[4] = {index / 4, draw.output_index, draw.choice, part};
   uint32_t key[2] = {static_cast<uint32_t>(draw.seed), static_cast<uint32_t>(draw.seed >> 32)};
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t low = uint64_t{c[0]} * kMultipliers[0], high = uint64_t{c[2]} * kMultipliers[1];
@@ -25,18 +28,34 @@ inline uint32_t random_word(const Draw& draw, uint32_t token, uint32_t part) {
     c[0] = first, c[1] = static_cast<uint32_t>(high), c[2] = third, c[3] = static_cast<uint32_t>(low);
     for (int i = 0; i < 2; ++i) key[i] += kKeyIncrements[i];
   }
-  return c[token % kTokensPerBlock];
+  return c[index % kIndicesPerBlock];
+}
+inline uint64_t random_bits(const Draw& draw, uint32_t index, Stream stream) {
+  return uint64_t{random_word(draw, index, 2 * stream)} << 32 | random_word(draw, index, 2 * stream + 1);
 }
 
-// -ln(-ln(u)) with u = (b + 1/2) / 2^52 and b the 32 bits of the first part's word and the upper 20 of the second's.
-// Gumbel 1954; Maddison, Tarlow, Minka 2014, arXiv 1411.0030, section 2.
-inline double gumbel(const Draw& draw, uint32_t token) {
-  const uint64_t bits = uint64_t{random_word(draw, token, 0)} << 20 | random_word(draw, token, 1) >> 12;
-  const double u = (static_cast<double>(bits) + 0.5) * 0x1p-52;
-  return -log(-log(u));
-}
+// An exponential variate: -ln u with u = (b + 1/2) / 2^52 and b the upper 52 bits.
+inline double exponential(uint64_t bits) { return -log((static_cast<double>(bits >> 12) + 0.5) * 0x1p-52); }
 
-// The first part's words of 64 tokens at a time, and what they say about the noise.
+// What is drawn for all tokens of a group: the least of their exponential variates, and who has it.
+struct GroupNoise {
+  int64_t holder;
+  double least;
+
+  GroupNoise(const Draw& draw, int64_t group) {
+    const uint64_t bits = random_bits(draw, static_cast<uint32_t>(group), kOfGroups);
+    holder = group * kGroupTokens + static_cast<int64_t>(bits % kGroupTokens);
+    least = exponential(bits) / kGroupTokens;
+  }
+  double most() const { return -log(least); }
+  // Gumbel 1954; Maddison, Tarlow, Minka 2014, arXiv 1411.0030, section 2.
+  double of(const Draw& draw, int64_t token) const {
+    if (token == holder) return most();
+    return -log(least + exponential(random_bits(draw, static_cast<uint32_t>(token), kOfTokens)));
+  }
+};
+
+// The upper words of 64 indices at a time, and what they say about the exponential variates.
 class NoiseBound {
  public:
   explicit NoiseBound(const Draw& draw)
@@ -50,14 +69,15 @@ class NoiseBound {
     for (int32_t lane = 0; lane < kWidth; ++lane) blocks_[lane] = lane / 4 + (lane & 2 ? kWidth / 4 : 0);
   }
 
-  // bounds[i] is not below the noise of token first + i, and seldom above it by more than 0.07. first: a multiple of 4.
-  void operator()(int64_t first, Vec (&bounds)[kLaneVecs]) const {
+  // bounds[i] is not below -ln of the variate of index first + i, and seldom above it by more than 0.07. first: a
+  // multiple of 4.
+  void operator()(int64_t first, Stream stream, Vec (&bounds)[kLaneVecs]) const {
     constexpr int kPairs = kLaneVecs / 2;
     IVec c[kPairs][4];
     for (int32_t pair = 0; pair < kPairs; ++pair) {
-      const int32_t block = static_cast<int32_t>(first / kTokensPerBlock) + pair * (kWidth / 2);
+      const int32_t block = static_cast<int32_t>(first / kIndicesPerBlock) + pair * (kWidth / 2);
       c[pair][0] = iadd(iload(blocks_), isplat(block));
-      c[pair][1] = position_, c[pair][2] = choice_, c[pair][3] = izero();
+      c[pair][1] = position_, c[pair][2] = choice_, c[pair][3] = isplat(2 * stream);
     }
     encrypt(c);
     for (int pair = 0; pair < kPairs; ++pair) {
