@@ -38,7 +38,7 @@ same-tokens: setup ## Proves that tokens and log-probabilities have the same bit
 	@seed=$${SEED:-$$(shuf -i 1-1000000 -n 1)}; echo "seed $$seed"; \
 	  $(BIN)/python -m tests.same_tokens.system --full --seed $$seed
 
-bench: setup ## Measures kernels and W1-W4 on this machine beside its limits; BENCH="--quick" takes two minutes
+bench: setup ## Measures kernels and W1-W4 on this machine beside its limits, in a quarter of an hour; BENCH=--quick: two minutes
 	@$(BIN)/python -m bench.run $(BENCH)
 
 check: setup proto-check ## Lint, security rules, formatting, strict types, layering

@@ -36,6 +36,8 @@ RESULTS: Final = Path("bench/results")
 _SEED: Final = 1
 _QUICK_WORKLOADS: Final = (W1.name, W2.name)
 _PROBE_S: Final = 0.2
+_REQUESTS: Final = 20
+"""W4's in a round: with them everything takes a quarter of an hour."""
 _KERNEL_WEIGHTS: Final = ("bf16", "int8")
 
 
@@ -148,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=int, default=describe_machine().num_cores)
     parser.add_argument("--name", default="local", help=f"of the file under {RESULTS}")
     add_plan_arguments(parser)
+    parser.set_defaults(requests=_REQUESTS)
     options = parser.parse_args(argv)
     options.workloads = options.workloads or list(_QUICK_WORKLOADS if options.quick else WORKLOADS)
     if options.quick:

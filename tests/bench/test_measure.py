@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -13,6 +13,7 @@ from bench.measure import Observer, Plan, measure, measurement_table
 from bench.record import Record, Slo
 from bench.target import Answer, TargetError
 from bench.workload import W3, W4, Phase, PlannedRequest, Workload
+from tests.bench.processes import parent_and_child, states
 from tests.loop import run
 
 SLO = Slo(1.0, 1.0)
@@ -135,6 +136,72 @@ def test_poisson_arrivals_come_at_the_given_rate_or_a_share_of_the_firsts_capaci
     assert measurement.rate == given or 0.0 < measurement.rate <= 240.0
     assert said[0] == f"W4: {measurement.rate:.2f} requests per second"
     assert len(first.prompts) == 1 + 9 + (9 if given is None else 0)
+
+
+@dataclass
+class WatchingTarget(FakeTarget):
+    """Notes who runs while it is asked: its own process, then the other's."""
+
+    watched: tuple[int, ...] = ()
+
+    async def complete(self, prompt: Sequence[int], output_tokens: int, *, due_s: float) -> Answer:
+        self.log.append(states(*self.watched))
+        return await super().complete(prompt, output_tokens, due_s=due_s)
+
+
+def test_whoever_is_frozen_runs_while_it_is_asked_and_at_no_other_time() -> None:
+    small = Workload(name=W4.name, prompt_tokens=4, output_tokens=2)
+    log: list[str] = []
+    with parent_and_child() as (one, _), parent_and_child() as (other, _):
+        a = WatchingTarget("a", log, watched=(one, other))
+        b = WatchingTarget("b", log, watched=(other, one))
+        watch = Observer(lambda _: None, lambda _: log.append(states(one, other)))
+        measurement = run(measure([a, b], make_plan(small, rounds=1), watch, Turns({"a": one, "b": other})))
+        assert states(one, other) == "rr"
+    assert (measurement.frozen, measurement.seed) == (("a", "b"), 1)
+    asked = [each for each in log if each not in "ab"]
+    assert asked == ["rT"] * len(asked[:-1]) + ["TT"]  # the last is between rounds
+    assert len(asked) == 2 + 2 + 2 * 2 + 1  # opening, capacity, turns, between
+
+
+@dataclass
+class SlowToWake(FakeTarget):
+    """Fails so many times after it has been opened by its first request."""
+
+    num_failures: int = 0
+
+    async def complete(self, prompt: Sequence[int], output_tokens: int, *, due_s: float) -> Answer:
+        if self.prompts and self.num_failures:
+            self.num_failures -= 1
+            raise TargetError("not yet")
+        return await super().complete(prompt, output_tokens, due_s=due_s)
+
+
+def test_a_turn_begins_when_the_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.measure._WAKE_AGAIN_S", 0.0)
+    target = SlowToWake("a", num_failures=3)
+    one = Workload(name="one", prompt_tokens=4, output_tokens=2)
+    measurement = run(measure([target], make_plan(one, rounds=1), SILENT, ALWAYS))
+    assert len(measurement.results[0].rounds) == 1
+    assert [len(prompt) for prompt in target.prompts] == [16, 16, 4]
+
+
+def test_a_server_that_answers_no_more_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.measure.WAKE_S", -1.0)
+    one = Workload(name="one", prompt_tokens=4, output_tokens=2)
+    with pytest.raises(TargetError, match="not yet"):
+        run(measure([SlowToWake("a", num_failures=1)], make_plan(one), SILENT, ALWAYS))
+
+
+def test_two_runs_send_no_prompt_alike_unless_they_have_one_seed() -> None:
+    def sent(seed: int) -> set[tuple[int, ...]]:
+        target = FakeTarget("a")
+        plan = replace(make_plan(W3, Workload(name=W4.name, prompt_tokens=8, output_tokens=1)), seed=seed)
+        run(measure([target], plan, SILENT, ALWAYS))
+        return {tuple(prompt[:16]) for prompt in target.prompts}
+
+    assert not sent(1) & sent(2)
+    assert sent(3) == sent(3)
 
 
 def test_targets_are_closed_when_one_fails() -> None:
