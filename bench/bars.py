@@ -5,7 +5,7 @@ is met by the median round.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -15,9 +15,6 @@ from bench.measure import Measurement
 from bench.model_costs import Arithmetic, ModelCosts
 from bench.table import format_cell, format_table
 from bench.workload import W1, W2, W3, W4
-
-LimitSamples = Mapping[str, Sequence[Limits]]
-"""By workload, one sample for each of its rounds."""
 
 
 class Sense(Enum):
@@ -101,15 +98,14 @@ class _Figures:
         return tuple(getattr(each, name) for each in self._rounds.get((phase, server), ()))
 
 
-def limit_bars(measurement: Measurement, *, server: str, costs: ModelCosts, limits: LimitSamples) -> list[Bar]:
-    """W1 of one server beside what the machine could do in the same rounds."""
+def limit_bars(measurement: Measurement, *, server: str, costs: ModelCosts, limits: Sequence[Limits]) -> list[Bar]:
+    """W1 of one server beside what the machine could do in each of its rounds; nothing without `limits`."""
     demands, figures = DEMANDS[costs.arithmetic], _Figures(measurement)
-    samples = limits.get(W1.name, ())
     tpot = figures.series(W1.name, server, "tpot_p50_ms")
     ttft = figures.series(W1.name, server, "ttft_p50_ms")
-    floor = tuple(costs.decode_bytes / each.read / 1e6 for each in samples)
+    floor = tuple(costs.decode_bytes / each.read / 1e6 for each in limits)
     reached = tuple(costs.prefill_flops(W1.prompt_tokens) / each / 1e6 for each in ttft)
-    gemm = tuple(demands.gemm(each) for each in samples)
+    gemm = tuple(demands.gemm(each) for each in limits)
     decode = ("W1 TPOT ms", server, tpot, "weights at read bandwidth", floor)
     prefill = ("W1 TTFT as GOP/s", server, reached, f"{_gemm_name(costs)} GEMM", gemm)
     bars = [

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ import torch
 
 from bench.machine import describe_machine
 from bench.table import format_table
+from bench.workload import W1
 
 _READ_BYTES: Final = 2**30
 """Far more than any cache holds."""
@@ -45,17 +47,21 @@ class Limits:
     gemm_int8: float
 
 
-RATES: Final = tuple(field.name for field in dataclasses.fields(Limits) if field.name != "threads")
+_RATES: Final = tuple(field.name for field in dataclasses.fields(Limits) if field.name != "threads")
 
 
-def measure_limits(*, threads: int, seconds: float = 0.5) -> Limits:
-    """Measures everything, each probe for about `seconds`. Leaves torch's number of threads at `threads`."""
-    words = _huge_pages(_READ_BYTES)
+def measure_limits(*, threads: int, seconds: float = 0.5, memory: torch.Tensor | None = None) -> Limits:
+    """Measures everything, each probe for about `seconds`. Leaves torch's number of threads at `threads`.
+
+    `memory` is what `huge_pages` gave, for whoever measures again and again: to get it takes longer than to read it.
+    """
+    words = huge_pages() if memory is None else memory
+    source, destination = words.chunk(2)
     torch.set_num_threads(1)
     read_one_thread = _read_rate(words, seconds)
     torch.set_num_threads(threads)
     read = _read_rate(words, seconds)
-    copy = _READ_BYTES / best_s(partial(torch.empty_like(words).copy_, words), seconds) / 1e9
+    copy = source.nbytes / best_s(partial(destination.copy_, source), seconds) / 1e9
     return Limits(
         threads=threads,
         read_one_thread=read_one_thread,
@@ -68,20 +74,36 @@ def measure_limits(*, threads: int, seconds: float = 0.5) -> Limits:
 
 
 class LimitProbe:
-    """Measures the limits between the rounds of a run. `samples` are all that were taken, in order, by workload."""
+    """Measures the limits between the rounds of a run: on either side of every round of W1, whose bars refer to them,
+    and once before any other workload, so that a machine that drifts is seen to. `samples` are by workload, in order.
+    """
 
     def __init__(self, *, threads: int) -> None:
-        self.threads = threads
         self.samples: dict[str, list[Limits]] = {}
+        self._threads = threads
+        self._memory = huge_pages()
 
     def again(self, workload: str) -> None:
-        """Takes a sample after a round of `workload`, in about three seconds; nothing else may run meanwhile."""
-        self.samples.setdefault(workload, []).append(measure_limits(threads=self.threads, seconds=_BETWEEN_S))
+        """Before or after a round of `workload`; takes about two seconds, in which nothing else may run."""
+        samples = self.samples.setdefault(workload, [])
+        if workload == W1.name or not samples:
+            samples.append(measure_limits(threads=self._threads, seconds=_BETWEEN_S, memory=self._memory))
+
+    def of_rounds(self) -> list[Limits]:
+        """What could be reached in each round of W1: the best of the two samples around it."""
+        return [best_limits(before, after) for before, after in pairwise(self.samples.get(W1.name, ()))]
+
+
+def huge_pages() -> torch.Tensor:
+    """Memory to read, written once, in huge pages where the system gives them: int64, [READ_BYTES / 8]."""
+    memory = mmap.mmap(-1, _READ_BYTES + _HUGE_PAGE)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.int64, count=_READ_BYTES // 8).fill_(1)
 
 
 def best_limits(first: Limits, second: Limits) -> Limits:
     """The higher of each: what was reached once can be reached."""
-    best = {name: max(getattr(first, name), getattr(second, name)) for name in RATES}
+    best = {name: max(getattr(first, name), getattr(second, name)) for name in _RATES}
     return dataclasses.replace(first, **best)
 
 
@@ -98,17 +120,10 @@ def best_s(function: Callable[[], object], seconds: float) -> float:
     return shortest
 
 
-def _huge_pages(num_bytes: int) -> torch.Tensor:
-    """Memory of that size, written once, in huge pages where the system gives them: int64, [num_bytes / 8]."""
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int64, count=num_bytes // 8).fill_(1)
-
-
 def _read_rate(words: torch.Tensor, seconds: float) -> float:
     """Two sums, of integers and of floats, that do next to nothing with what they read; whichever reads faster."""
     took = min(best_s(part.sum, seconds / 2) for part in (words, words.view(torch.float32)))
-    return _READ_BYTES / took / 1e9
+    return words.nbytes / took / 1e9
 
 
 def _gemm_rate(dtype: torch.dtype, seconds: float) -> float:

@@ -62,8 +62,8 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Observer:
-    """Who is told how a run goes on: `say` gets lines for people; `between` gets the workload's name when a round of it
-    is over and every server idles or is stopped."""
+    """Who is told how a run goes on: `say` gets lines for people; `between` gets the workload's name before its first
+    round and after every one, while every server idles or is stopped."""
 
     say: Callable[[str], None]
     between: Callable[[str], None] = lambda _: None
@@ -125,6 +125,7 @@ async def _alternate(
     rounds: dict[tuple[str, str], list[Figures]] = {
         (phase, target.name): [] for phase in workload.phase_names for target in targets
     }
+    observer.between(workload.name)
     for number in range(plan.rounds):
         for target in targets:
             phases = plan_round(workload, seed=f"{plan.seed}/{number}/{target.name}", vocab_size=plan.vocab_size)

@@ -2,7 +2,7 @@
 
 1. The checkpoint is written, once. 2. The machine's limits are measured. 3. The kernels (`bench.kernels`). 4. For each
 way of storing weights, one server that prefills where it decodes and one that hands over alternate over the workloads,
-each stopped outside its turns; the limits are measured again after every round. 5. Tables, the bars that need no peer,
+each stopped outside its turns; the limits are measured again between rounds. 5. Tables, the bars that need no peer,
 and one JSON file. `--quick` measures W1 and W2 once and takes under two minutes.
 """
 
@@ -68,14 +68,15 @@ class Weights(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SystemResult:
-    """One way of storing weights: each server's command and seconds to its ready block, and what was measured, the
-    machine's limits after each round of a workload included."""
+    """One way of storing weights: each server's command and seconds to its ready block, and what was measured; the
+    machine's limits between rounds by workload, and what they allow for each round of W1."""
 
     weights: str
     commands: dict[str, str]
     start_s: dict[str, float]
     measurement: Measurement
     limits: dict[str, list[Limits]]
+    limits_of_rounds: list[Limits]
 
 
 def checkpoint(name: str, stored: CheckpointFormat) -> Path:
@@ -122,6 +123,7 @@ def run_system(weights: Weights, options: argparse.Namespace) -> SystemResult:
         start_s={server.name: server.start_s for server in both},
         measurement=measurement,
         limits=probe.samples,
+        limits_of_rounds=probe.of_rounds(),
     )
 
 
@@ -131,7 +133,7 @@ def system_bars(system: SystemResult, shape: ModelShape) -> list[Bar]:
     costs = ModelCosts.from_shape(shape, arithmetic)
     bars: list[Bar] = []
     for server in system.commands:
-        bars += limit_bars(system.measurement, server=server, costs=costs, limits=system.limits)
+        bars += limit_bars(system.measurement, server=server, costs=costs, limits=system.limits_of_rounds)
         bars += own_bars(system.measurement, server=server, arithmetic=arithmetic)
     return bars
 
@@ -167,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
         found, bars = system.measurement, bars_table(system_bars(system, SHAPES[options.shape]))
         print(f"{name}\n\n{measurement_table(found)}\n\n{conditions(found)}\n\n{bars}\n", flush=True)
     samples = [limits, *(each for system in systems for found in system.limits.values() for each in found)]
-    print(f"limits of this machine, before the servers and after each round\n\n{limits_table(samples)}")
+    print(f"limits of this machine, before the servers and between rounds\n\n{limits_table(samples)}")
     content = {
         "command": ["python", "-m", "bench.run", *argv],
         "kernel_limits": dataclasses.asdict(limits),

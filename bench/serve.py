@@ -27,8 +27,7 @@ from bench.workload import PEER_RATES, WORKLOADS, Workload
 from staffetta.exits import ExitCode, OperatorError
 
 if TYPE_CHECKING:
-    from bench.bars import LimitSamples
-    from bench.limits import LimitProbe
+    from bench.limits import LimitProbe, Limits
 
 
 _MAX_SEED: Final = 2**31
@@ -124,7 +123,7 @@ def _probe(options: argparse.Namespace) -> "LimitProbe | None":
 
 
 def _print_bars(
-    options: argparse.Namespace, measurement: Measurement, limits: "LimitSamples"
+    options: argparse.Namespace, measurement: Measurement, limits: "Sequence[Limits]"
 ) -> list[dict[str, object]]:
     """The bars of the first server beside the others and the limits; returns them as a result file has them."""
     from bench.bars import bar_fields, bars_table, limit_bars, own_bars, peer_bars
@@ -153,10 +152,10 @@ def _run(options: argparse.Namespace) -> None:
         from bench.limits import limits_table
 
         samples = [sample for of_workload in probe.samples.values() for sample in of_workload]
-        print(f"\nlimits after each round\n\n{limits_table(samples)}")
+        print(f"\nlimits, between rounds\n\n{limits_table(samples)}")
         content["limits"] = {name: list(map(dataclasses.asdict, found)) for name, found in probe.samples.items()}
     if options.model:
-        content["bars"] = _print_bars(options, measurement, probe.samples if probe else {})
+        content["bars"] = _print_bars(options, measurement, probe.of_rounds() if probe else ())
     if options.output:
         write_result(options.output, content)
 
@@ -170,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=1, help="requests at a time, unless --rate is given")
     parser.add_argument("--model", type=Path, help="directory that all of them serve: prints the table of bars")
-    parser.add_argument("--limits", action="store_true", help="measures the machine's limits after every round")
+    parser.add_argument("--limits", action="store_true", help="measures the machine's limits between rounds")
     parser.add_argument("--threads", type=int, default=describe_machine().num_cores, help="of the limits' probes")
     parser.add_argument(
         "--freeze", action="append", default=[], metavar="NAME=PID", help="stops that process tree outside its turns"

@@ -40,7 +40,7 @@ def test_one_stream_stands_beside_the_limits_of_its_own_rounds(
 ) -> None:
     costs = ModelCosts.from_shape(SHAPES["0.5b"], arithmetic)
     rounds = [{"tpot_p50_ms": 40.0, "ttft_p50_ms": 1000.0}, {"tpot_p50_ms": 50.0, "ttft_p50_ms": 2000.0}]
-    samples = {"W1": [LIMITS, replace(LIMITS, read=40.0, gemm_float32=100.0, gemm_int8=500.0)], "W2": [LIMITS]}
+    samples = [LIMITS, replace(LIMITS, read=40.0, gemm_float32=100.0, gemm_int8=500.0)]
     decode, prefill = limit_bars(make_measurement(("W1", "a", rounds)), server="a", costs=costs, limits=samples)
     assert decode.ours == (40.0, 50.0)
     assert decode.beside == pytest.approx((weight_bytes / 20e9 * 1e3, weight_bytes / 40e9 * 1e3))
@@ -87,8 +87,8 @@ def test_a_warm_prefix_stands_beside_the_cold_one_where_that_is_demanded() -> No
 def test_without_measured_limits_there_is_no_bar_of_them() -> None:
     measurement = make_measurement(("W1", "a", [{"tpot_p50_ms": 40.0, "ttft_p50_ms": 1000.0}]))
     costs = ModelCosts.from_shape(SHAPES["0.5b"], Arithmetic.BF16)
-    assert limit_bars(measurement, server="a", costs=costs, limits={}) == []
-    assert limit_bars(measurement, server="b", costs=costs, limits={"W1": [LIMITS]}) == []
+    assert limit_bars(measurement, server="a", costs=costs, limits=[]) == []
+    assert limit_bars(measurement, server="b", costs=costs, limits=[LIMITS]) == []
 
 
 @pytest.mark.parametrize(

@@ -91,19 +91,27 @@ def test_limits_are_measured_and_written_with_the_machine(
     assert "read, 1 thread" in capsys.readouterr().out
 
 
-def test_limits_are_sampled_after_each_round_of_a_workload(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_sampled_on_either_side_of_each_round_of_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([20.0, 30.0, 10.0, 15.0])
     asked: list[float] = []
 
-    def measured(*, threads: int, seconds: float) -> Limits:
+    def measured(*, threads: int, seconds: float, memory: torch.Tensor) -> Limits:
         asked.append(seconds)
-        return dataclasses.replace(LIMITS, threads=threads)
+        return dataclasses.replace(LIMITS, threads=threads, read=next(rates), copy=float(len(memory)))
 
+    monkeypatch.setattr(limits, "_READ_BYTES", 2**16)
     monkeypatch.setattr(limits, "measure_limits", measured)
     probe = limits.LimitProbe(threads=2)
-    for workload in ("W1", "W2", "W1"):
+    assert probe.of_rounds() == []
+    for workload in ("W1", "W1", "W1", "W2", "W2"):
         probe.again(workload)
-    assert probe.samples == {"W1": [LIMITS, LIMITS], "W2": [LIMITS]}
-    assert max(asked) <= 0.1  # of each of seven probes: a round must not wait long
+    assert {name: [each.read for each in found] for name, found in probe.samples.items()} == {
+        "W1": [20.0, 30.0, 10.0],
+        "W2": [15.0],
+    }
+    assert [each.read for each in probe.of_rounds()] == [30.0, 30.0]
+    assert {each.copy for each in probe.of_rounds()} == {2**13}
+    assert max(asked) <= 0.1  # of each of six probes: a round must not wait long
 
 
 def test_the_table_of_limits_tells_the_median_and_both_ends() -> None:

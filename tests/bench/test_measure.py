@@ -107,7 +107,7 @@ def test_servers_take_turns_in_every_round() -> None:
     run(measure(targets, make_plan(one, rounds=2), Observer(log.append, log.append), ALWAYS))
     opening, turn = ["a", "b"], ["a", "a", "a", "b", "b", "b"]  # a turn begins with a request that is not counted
     rounds = [[*turn, f"one: round {number} of 2", "one"] for number in (1, 2)]
-    assert log == [*opening, *rounds[0], *rounds[1]]
+    assert log == [*opening, "one", *rounds[0], *rounds[1]]
     assert not any(target.is_open for target in targets)
 
 
@@ -160,8 +160,8 @@ def test_whoever_is_frozen_runs_while_it_is_asked_and_at_no_other_time() -> None
         assert states(one, other) == "rr"
     assert (measurement.frozen, measurement.seed) == (("a", "b"), 1)
     asked = [each for each in log if each not in "ab"]
-    assert asked == ["rT"] * len(asked[:-1]) + ["TT"]  # the last is between rounds
-    assert len(asked) == 2 + 2 + 2 * 2 + 1  # opening, capacity, turns, between
+    opening, capacity, turns = ["rT"] * 2, ["rT"] * 2, ["rT"] * 4
+    assert asked == [*opening, *capacity, "TT", *turns, "TT"]
 
 
 @dataclass
