@@ -91,7 +91,7 @@ def test_a_turn_of_a_server_that_has_ended_is_an_error() -> None:
         while states(parent) != "-":
             time.sleep(0.001)
         with pytest.raises(TargetError, match=f"the process {parent} of one has ended"), turns.turn("one"):
-            pass
+            pytest.fail("there is nobody to ask")
 
 
 def test_a_process_that_does_not_stop_is_an_error_and_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
