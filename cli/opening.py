@@ -44,7 +44,7 @@ async def become_ready(
     test = await self_test(client, min_tokens=min_tokens)
     if config.prefill > 0:
         check_handoff(test)
-    threads = {worker.name: worker.config.threads for worker in plan.workers}
+    plans = {worker.name: worker for worker in plan.workers}
     by_name = {worker.announcement.identity.worker_id: worker for worker in system.workers}
     first = by_name[names[0]].announcement
     return ReadyFacts(
@@ -54,7 +54,7 @@ async def become_ready(
         num_parameters=first.num_parameters,
         is_embedded=config.model == EMBEDDED,
         workers=tuple(
-            describe_worker(by_name[name], pid=pid_of(name) or 0, ready_s=system.ready_s[name], threads=threads[name])
+            describe_worker(by_name[name], pid=pid_of(name) or 0, ready_s=system.ready_s[name], plan=plans[name])
             for name in names
         ),
         links=tuple(link for name in names for link in describe_links(by_name[name])),

@@ -6,13 +6,16 @@ machine, whatever a file says for other hosts.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from staffetta.address import parse_address
 from staffetta.config.load import Loaded
 from staffetta.config.origin import OriginKind
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
+from staffetta.cpus import format_cpus
 
 T = TypeVar("T", GatewayConfig, PrefillConfig, DecodeConfig)
 
@@ -27,7 +30,8 @@ class Surroundings:
     """host:port of the gRPC door, its port chosen."""
     shm_dir: str
     cluster_key: str
-    num_cores: int
+    cpus: tuple[int, ...]
+    """Those that this process may use."""
     registry: str = "127.0.0.1:0"
     """host:port where workers register with a gateway of several processes, its port chosen."""
 
@@ -73,7 +77,7 @@ def plan_serve(
 ) -> ServePlan:
     """Plans the children; `gateway`, `prefill` and `decode` are loaded without flags."""
     config = serve.config
-    threads = plan_threads(surroundings.num_cores, num_prefill=config.prefill, num_decode=config.decode)
+    threads = plan_threads(len(surroundings.cpus), num_prefill=config.prefill, num_decode=config.decode)
     log_level = "warning" if serve.origins["log_level"].kind is OriginKind.DEFAULT else config.log_level
     doors: dict[str, Any] = {"http": surroundings.http, "grpc": surroundings.grpc, "workers": gateway.config.workers}
     if serve.origins["gateway_workers"].kind is not OriginKind.DEFAULT:
@@ -111,7 +115,29 @@ def plan_serve(
         )
         for name in (f"{role}-{number}" for number in range(count))
     ]
-    return ServePlan(gateway_config, tuple(workers))
+    return ServePlan(gateway_config, _with_cpus(workers, surroundings.cpus))
+
+
+def _with_cpus(workers: Sequence[WorkerPlan], cpus: Sequence[int]) -> tuple[WorkerPlan, ...]:
+    """The workers, each on CPUs of its own, unless a setting places one of them or they share CPUs anyway."""
+    if any(worker.config.cpus for worker in workers):
+        return tuple(workers)
+    placed = plan_cpus(cpus, [worker.config.threads for worker in workers])
+    return tuple(
+        dataclasses.replace(worker, config=dataclasses.replace(worker.config, cpus=format_cpus(own)))
+        for worker, own in zip(workers, placed, strict=True)
+    )
+
+
+def plan_cpus(cpus: Sequence[int], threads: Sequence[int]) -> list[tuple[int, ...]]:
+    """For workers that compute with so many threads: neighbouring CPUs for each, none where there are too few for all.
+
+    One worker alone has them all and is not told.
+    """
+    if len(threads) == 1 or sum(threads) > len(cpus):
+        return [()] * len(threads)
+    ends = list(accumulate(threads))
+    return [tuple(cpus[end - count : end]) for count, end in zip(threads, ends, strict=True)]
 
 
 def plan_threads(num_cores: int, *, num_prefill: int, num_decode: int) -> dict[str, int]:

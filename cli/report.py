@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 
+from cli.plan import WorkerPlan
 from cli.relay import Answer, format_bytes
 from staffetta.v1 import common_pb2, registry_pb2
 
@@ -18,6 +19,8 @@ class WorkerFacts:
     pid: int
     ready_s: float
     threads: int
+    cpus: str
+    """Those that it keeps to, such as 0-3; empty: any."""
     num_blocks: int
     block_size: int
     pool_bytes: int
@@ -50,7 +53,9 @@ class ReadyFacts:
     grpc: str
 
 
-def describe_worker(worker: registry_pb2.RegisteredWorker, *, pid: int, ready_s: float, threads: int) -> WorkerFacts:
+def describe_worker(
+    worker: registry_pb2.RegisteredWorker, *, pid: int, ready_s: float, plan: WorkerPlan
+) -> WorkerFacts:
     """A worker's facts from its announcement, and what was planned for it."""
     announcement = worker.announcement
     groups = announcement.identity.layout.groups
@@ -59,7 +64,8 @@ def describe_worker(worker: registry_pb2.RegisteredWorker, *, pid: int, ready_s:
         role="prefill" if announcement.identity.role == common_pb2.WORKER_ROLE_PREFILL else "decode",
         pid=pid,
         ready_s=round(ready_s, 3),
-        threads=threads,
+        threads=plan.config.threads,
+        cpus=",".join(plan.config.cpus),
         num_blocks=announcement.num_blocks,
         block_size=groups[0].block_size if groups else 0,
         pool_bytes=announcement.pool_bytes,
@@ -77,11 +83,12 @@ def ready_block(facts: ReadyFacts) -> str:
     embedded = ", embedded" if facts.is_embedded else ""
     parameters = f"{format_count(facts.num_parameters)} parameters{embedded}"
     name_width = max(10, *(len(worker.name) for worker in facts.workers)) + 2
+    threads_width = max(len(_threads(worker)) for worker in facts.workers)
     rest = f"http://{facts.http}/v1"
     lines = [f"Staffetta {facts.version} · {facts.backend} · model {facts.model} ({parameters})", ""]
     lines += [
         f"  {worker.name:<{name_width}}pid {worker.pid:<7}ready {worker.ready_s:.1f} s   "
-        f"{worker.threads:>2} {'thread ' if worker.threads == 1 else 'threads'}   "
+        f"{_threads(worker):<{threads_width}}   "
         f"{worker.num_blocks:>5} KV blocks × {worker.block_size} tokens   {format_bytes(worker.pool_bytes):>8}"
         for worker in facts.workers
     ]
@@ -93,6 +100,11 @@ def ready_block(facts: ReadyFacts) -> str:
         "  stop   Ctrl-C (twice: at once)",
     ]
     return "\n".join(lines)
+
+
+def _threads(worker: WorkerFacts) -> str:
+    cpus = f" on CPU {worker.cpus}" if worker.cpus else ""
+    return f"{worker.threads:>2} {'thread' if worker.threads == 1 else 'threads'}{cpus}"
 
 
 def ready_json(facts: ReadyFacts) -> str:

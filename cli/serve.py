@@ -61,7 +61,7 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
             grpc=choose_port(config.grpc, "--grpc"),
             shm_dir=str(directory),
             cluster_key=config.cluster_key or secrets.token_hex(32),
-            num_cores=len(os.sched_getaffinity(0)),
+            cpus=tuple(sorted(os.sched_getaffinity(0))),
             registry=choose_port("127.0.0.1:0", "--registry"),
         )
         plan = make_plan(loaded, flags.config, surroundings)

@@ -5,6 +5,7 @@ on a condition; commands and `wake` end the sleep. It must never spin, and never
 """
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -42,11 +43,14 @@ class EngineThread:
         on_output: Callable[[StepOutput], None],
         on_failure: Callable[[BaseException], None] | None = None,
         name: str = "engine",
+        cpus: frozenset[int] = frozenset(),
     ) -> None:
+        """The thread, and those that it starts to compute, keep to `cpus`, or where that is empty to the process's."""
         self._engine = engine
         """Engine thread only, once started."""
         self._on_output = on_output
         self._on_failure = on_failure
+        self._cpus = cpus
         self._condition = threading.Condition()
         # Guarded by the condition:
         self._commands: deque[_Command] = deque()
@@ -138,6 +142,8 @@ class EngineThread:
 
     def _main(self) -> None:
         try:
+            if self._cpus:
+                os.sched_setaffinity(0, self._cpus)  # this thread's
             self._loop()
         except BaseException as error:
             log.critical("the engine thread failed", exc_info=error)

@@ -25,6 +25,7 @@ from kvtransfer.ticket import TicketBook
 from kvtransfer.transport import KVExporter, export
 from staffetta.cache_dir import open_cache
 from staffetta.config.schema import WorkerConfig
+from staffetta.cpus import format_cpus, parse_cpus
 from staffetta.digest_memo import remembered_digest
 from staffetta.exits import DoesNotFitError, UsageError
 from staffetta.hashing import BlockHasher, key_fingerprint
@@ -85,7 +86,9 @@ class Rank:
             ),
             source=source,
         )
-        self._engine_thread = EngineThread(engine, on_output=on_output, on_failure=on_failure)
+        self._engine_thread = EngineThread(
+            engine, on_output=on_output, on_failure=on_failure, cpus=parse_cpus(config.cpus)
+        )
         self._engine_thread.start()
 
     def touch_pool(self) -> None:
@@ -126,6 +129,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
     layout = model_config.kv_layout(
         block_size=config.block_size, dtype=resolve_dtype(config.dtype), model_digest=digest
     )
+    cpus = _usable_cpus(config)
     num_blocks = config.num_blocks or config.kv_memory // layout.page_bytes
     pool_bytes = num_blocks * layout.page_bytes
     _check_pool(config, num_blocks=num_blocks, pool_bytes=pool_bytes, page_bytes=layout.page_bytes)
@@ -137,7 +141,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
             layout,
             pool=memory.buffer,
             num_blocks=num_blocks,
-            threads=config.threads or len(os.sched_getaffinity(0)),
+            threads=config.threads or len(cpus),
             device="cpu",
             quantization=config.quantization,
             cache=cache,
@@ -206,6 +210,20 @@ def open_exporters(rank: Rank) -> list[KVExporter]:
             fix="--transports tcp --transfer-listen 127.0.0.1:0",
         )
     return exporters
+
+
+def _usable_cpus(config: WorkerConfig) -> frozenset[int]:
+    """Those that the engine is to keep to, else all that the process may use."""
+    available = frozenset(os.sched_getaffinity(0))
+    wanted = parse_cpus(config.cpus)
+    if wanted - available:
+        raise UsageError(
+            "NO_SUCH_CPU",
+            f"--cpus names {','.join(format_cpus(wanted - available))}",
+            why=f"this process may use {','.join(format_cpus(available))}",
+            fix=f"--cpus {','.join(format_cpus(available))}",
+        )
+    return wanted or available
 
 
 def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """What `serve` decides to start."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from staffetta.config.load import resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 
 SURROUNDINGS = Surroundings(
-    http="127.0.0.1:8000", grpc="127.0.0.1:50051", shm_dir="/run/st", cluster_key="ab" * 32, num_cores=8
+    http="127.0.0.1:8000", grpc="127.0.0.1:50051", shm_dir="/run/st", cluster_key="ab" * 32, cpus=tuple(range(8))
 )
 
 
@@ -45,8 +46,8 @@ def test_by_default_one_worker_of_each_role_knows_everything_it_needs() -> None:
         "shm_dir": "/run/st",
         "threads": 4,
     }
-    assert plan.workers[0].config == PrefillConfig(worker_id="prefill-0", **expected)
-    assert plan.workers[1].config == DecodeConfig(worker_id="decode-0", **expected)
+    assert plan.workers[0].config == PrefillConfig(worker_id="prefill-0", cpus=("0-3",), **expected)
+    assert plan.workers[1].config == DecodeConfig(worker_id="decode-0", cpus=("4-7",), **expected)
     assert plan.gateway == GatewayConfig(cluster_key="ab" * 32, log_level="warning")
 
 
@@ -72,7 +73,7 @@ def test_with_several_gateway_processes_workers_register_with_their_parent(
 
 def test_cores_are_shared_out_and_nobody_gets_none() -> None:
     def threads(*argv: str, num_cores: int) -> list[int]:
-        around = Surroundings("h:1", "h:2", "/d", "ab" * 16, num_cores)
+        around = Surroundings("h:1", "h:2", "/d", "ab" * 16, tuple(range(num_cores)))
         return [worker.config.threads for worker in make_plan(*argv, around=around).workers]
 
     assert threads(num_cores=1) == [1, 1]
@@ -100,6 +101,19 @@ def test_where_cores_suffice_no_two_workers_share_one() -> None:
                     threads = plan_threads(num_cores, num_prefill=num_prefill, num_decode=num_decode)
                     total = threads["prefill"] * num_prefill + threads["decode"] * num_decode
                     assert num_cores - (num_prefill + num_decode) < total <= num_cores
+
+
+def test_workers_for_whom_there_are_cpus_get_their_own() -> None:
+    def cpus(*argv: str, environ: dict[str, str] | None = None, around: Sequence[int] = range(8)) -> list[str]:
+        plan = make_plan(*argv, environ=environ, around=replace(SURROUNDINGS, cpus=tuple(around)))
+        return [",".join(worker.config.cpus) for worker in plan.workers]
+
+    assert cpus() == ["0-3", "4-7"]
+    assert cpus(around=[1, 2, 5, 6, 7]) == ["1-2", "5-6"]
+    assert cpus("--prefill", "2", "--threads", "2") == ["0-1", "2-3", "4-5"]
+    assert cpus("--threads", "5") == ["", ""], "they share the eight"
+    assert cpus("--prefill", "0") == [""], "one alone has them all"
+    assert cpus(environ={"STAFFETTA_DECODE_CPUS": "6-7"}) == ["", "6-7"], "who places one worker places all"
 
 
 def test_a_roles_own_setting_beats_serves_unless_serve_has_a_flag(tmp_path: Path) -> None:

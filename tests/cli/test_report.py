@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 
 from cli.client import make_answer
+from cli.plan import WorkerPlan
 from cli.readiness import find_missing
 from cli.relay import format_bytes, relay_line
 from cli.report import ReadyFacts, describe_links, describe_worker, format_count, ready_block, ready_json
+from staffetta.config.schema import PrefillConfig
 from tests.cli.fakes import make_finished, make_worker
+
+
+def make_worker_plan(threads: int, *cpus: str) -> WorkerPlan:
+    return WorkerPlan("w", "prefill", PrefillConfig(threads=threads, cpus=cpus))
+
 
 ANSWER = make_answer("the answer", make_finished(), first_token_s=0.041, total_s=0.0113)
 
@@ -21,8 +28,8 @@ FACTS = ReadyFacts(
     num_parameters=3_100_000,
     is_embedded=True,
     workers=(
-        describe_worker(make_worker("prefill-0"), pid=4121, ready_s=2.9, threads=2),
-        describe_worker(make_worker("decode-0"), pid=4122, ready_s=3.04, threads=1),
+        describe_worker(make_worker("prefill-0"), pid=4121, ready_s=2.9, plan=make_worker_plan(2, "0-1")),
+        describe_worker(make_worker("decode-0"), pid=4122, ready_s=3.04, plan=make_worker_plan(1)),
     ),
     links=tuple(describe_links(make_worker("decode-0"))),
     self_test=ANSWER,
@@ -36,8 +43,8 @@ def test_the_ready_block_reads_as_promised() -> None:
     assert ready_block(FACTS).splitlines() == [
         "Staffetta 0.1.0 · cpu (reference) · model demo (3.1M parameters, embedded)",
         "",
-        "  prefill-0   pid 4121   ready 2.9 s    2 threads     512 KV blocks × 16 tokens     24 MiB",
-        "  decode-0    pid 4122   ready 3.0 s    1 thread      512 KV blocks × 16 tokens     24 MiB",
+        "  prefill-0   pid 4121   ready 2.9 s    2 threads on CPU 0-1     512 KV blocks × 16 tokens     24 MiB",
+        "  decode-0    pid 4122   ready 3.0 s    1 thread                 512 KV blocks × 16 tokens     24 MiB",
         "  hand-off    shared memory 6.1 GB/s · self-test through prefill-0 → decode-0 in 11 ms",
         "",
         '  REST   http://127.0.0.1:8000/v1       OpenAI style, model "demo"',

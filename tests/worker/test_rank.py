@@ -1,6 +1,7 @@
 """A rank is built, or the operator is told what does not fit and how to fix it."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def test_a_rank_knows_its_identity_and_bounds() -> None:
     start(rank)
     assert rank.engine_thread.call(lambda engine: engine.counts()).result().total_blocks == 4
     rank.stop()
+
+
+def test_the_engine_keeps_to_the_cpus_that_it_is_given_and_the_rest_of_the_process_does_not() -> None:
+    usable = os.sched_getaffinity(0)
+    last = max(usable)
+    rank = load_rank(make_config(cpus=(str(last),), threads=0), DECODE)
+    start(rank)
+    assert rank.engine_thread.call(lambda _: os.sched_getaffinity(0)).result() == {last}
+    assert os.sched_getaffinity(0) == usable
+    rank.stop()
+
+
+def test_a_cpu_that_the_process_may_not_use_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="--cpus names 99998-99999"):
+        load_rank(make_config(cpus=("0", "99998-99999")), DECODE)
 
 
 def test_a_rank_of_the_directory_it_is_in_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

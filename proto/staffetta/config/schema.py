@@ -7,9 +7,9 @@ else names a setting. A field's `help` is what `--help` prints; `secret` fields 
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-Form = Literal["plain", "bytes", "address", "key", "failpoint"]
+Form = Literal["plain", "bytes", "address", "key", "failpoint", "cpus"]
 """What a setting's text must look like: `bytes` takes 64MiB, `address` is host:port, `key` is 16 to 64 bytes as hex,
-`failpoint` is NAME:ACTION:NTH. A Literal names its choices itself."""
+`failpoint` is NAME:ACTION:NTH, `cpus` is 0-3 or 8. A Literal names its choices itself."""
 
 MAX_LEASE_S: Final = 600.0
 """The longest lease that a prefill worker grants."""
@@ -69,7 +69,10 @@ class WorkerConfig(ModelConfig):
         "of linear weights at load: int8 (8-bit integers, of activations too, token by token), int8-weight (of weights "
         "alone), int4 (4-bit integers, of weights alone)",
     )
-    threads: int = setting(0, "threads for tensor operations; 0 means the cores this process may use")
+    threads: int = setting(0, "threads for tensor operations; 0 means as many as it has CPUs")
+    cpus: tuple[str, ...] = setting(
+        (), "CPUs that the engine's threads keep to, such as 0-3,8; empty: all that the process may use", form="cpus"
+    )
     block_size: int = setting(16, "token positions in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks in the pool; 0 derives it from kv_memory")
     kv_memory: int = setting(64 * 2**20, "bytes for the KV pool when num_blocks is 0", form="bytes")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType, NoneType
 from typing import Any, Final, Literal, get_args, get_origin
 
-from staffetta import failpoint
+from staffetta import cpus, failpoint
 from staffetta.address import parse_address
 from staffetta.config.schema import ClientConfig, DecodeConfig, Form, GatewayConfig, PrefillConfig, ServeConfig
 
@@ -30,7 +30,11 @@ ROLES: Final[Mapping[str, type]] = MappingProxyType(
 _HIDDEN: Final = "(not shown)"
 
 _EXAMPLES: Final[Mapping[Form, str]] = MappingProxyType(
-    {"address": "127.0.0.1:0", "key": "$(openssl rand -hex 32)", "failpoint": "tcp.serving:kill:1"}
+    {"address": "127.0.0.1:0", "key": "$(openssl rand -hex 32)", "failpoint": "tcp.serving:kill:1", "cpus": "0-3"}
+)
+
+_METAVARS: Final[Mapping[Form, str]] = MappingProxyType(
+    {"bytes": "BYTES", "address": "HOST:PORT", "key": "HEX", "failpoint": "FAULT", "cpus": "CPUS"}
 )
 
 _BYTE_UNITS: Final = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -77,7 +81,7 @@ class Setting:
         if self.choices:
             return "{" + ",".join(self.choices) + "}"
         if self.form != "plain":
-            return {"bytes": "BYTES", "address": "HOST:PORT", "key": "HEX", "failpoint": "FAULT"}[self.form]
+            return _METAVARS[self.form]
         if self.kind is float:
             return "SECONDS" if self.name.endswith("_s") else "NUMBER"
         return {int: "N", str: "TEXT"}.get(self.kind, "")
@@ -205,4 +209,9 @@ def _parse_text(text: str, setting: Setting) -> str:
             failpoint.parse(text)
         except ValueError:
             raise BadValueError(f"it must be {failpoint.FORM}") from None
+    if setting.form == "cpus":
+        try:
+            cpus.parse_cpus((text,))
+        except ValueError:
+            raise BadValueError(f"it must be {cpus.FORM}") from None
     return text
