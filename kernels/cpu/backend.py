@@ -235,7 +235,7 @@ class CpuBackend:
         check(
             status,
             out_of_range=f"a context is shorter than its queries, or reaches outside its table or {len(pages)} pages",
-            unsupported=f"more than {abi.MAX_GROUP} query heads share a KV head",
+            unsupported=f"query and pages differ in type, or more than {abi.MAX_GROUP} query heads share a KV head",
         )
         return out
 

@@ -82,7 +82,7 @@ int32_t staffetta_linear(int32_t set, int32_t threads, const PackedWeight* weigh
 }
 
 int32_t staffetta_attention(int32_t set, int32_t threads, const AttentionArguments* call, const Pages* pages) {
-  if (call->num_heads / pages->num_kv_heads > kMaxGroup) return kUnsupported;
+  if (call->dtype != pages->dtype || call->num_heads / pages->num_kv_heads > kMaxGroup) return kUnsupported;
   for (int64_t s = 0; s < call->num_sequences; ++s) {
     const int64_t blocks = (call->context_lens[s] + pages->block_size - 1) / pages->block_size;
     if (call->context_lens[s] < call->query_starts[s + 1] - call->query_starts[s] || blocks > call->max_blocks ||

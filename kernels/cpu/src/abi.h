@@ -55,7 +55,7 @@ struct AttentionArguments {
   const void* query;  // [num_tokens, num_heads, head_dim]
   void* out;          // same, contiguous
   int64_t num_heads, query_token_stride, query_head_stride;
-  int32_t dtype;      // of query and out
+  int32_t dtype;      // of query and out, that of the pages
   int64_t num_sequences, max_blocks, table_stride;
   const int64_t *query_starts, *context_lens, *block_tables;
   float scale;

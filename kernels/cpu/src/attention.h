@@ -1,15 +1,16 @@
 // Causal attention of queries over their own paged context: whole prefill, chunks, decode, sliding windows alike.
 //
 // out[t, h] = sum over visible j of softmax_j(s[t, h, j]) value[j, h KVH / H] with
-// s[t, h, j] = (scale query[t, h]) . key[j, h KVH / H], soft-capped to c tanh(s / c) where c is set. The query at
+// s[t, h, j] = scale (query[t, h] . key[j, h KVH / H]), soft-capped to c tanh(s / c) where c is set. The query at
 // position p sees j in (p - window, p].
 //
-// Order, per query row and nothing else's business: keys in tiles of 64 aligned to position 0. A score is one chain
-// over head_dim ascending. A tile's maximum and sum are trees of 64 lanes, with -inf and 0 at what is not visible; its
-// weighted values are one chain over visible keys ascending, carried on from tile to tile (online softmax: Milakov and
-// Gimelshein 2018, arXiv 1805.02867, algorithm 3; tiled as in Dao 2023, arXiv 2307.08691, algorithm 1). Every 1,024
-// keys a split begins anew; splits are joined left to right, and a split without a visible key does not take part. So
-// a row has the same bits as decode, in any chunk, and whoever computes it with it.
+// Order, per query row and nothing else's business: keys in tiles of 64 aligned to position 0. A product of query and
+// key is one chain over head_dim ascending; of bfloat16, over its pairs ascending, the later of a pair first. A tile's
+// maximum and sum are trees of 64 lanes, with -inf and 0 at what is not visible; its weighted values are one chain over
+// visible keys ascending, carried on from tile to tile (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867,
+// algorithm 3; tiled as in Dao 2023, arXiv 2307.08691, algorithm 1). Every 1,024 keys a split begins anew; splits are
+// joined left to right, and a split without a visible key does not take part. So a row has the same bits as decode, in
+// any chunk, and whoever computes it with it.
 //
 // Bytes: 2 b KVH D per context token and block of query rows, which bound decode. FLOPs: 4 H D per query and visible
 // key, which bound prefill. Beyond a sequence's context only the rest of its last 16 keys is read, and not used.
@@ -69,7 +70,7 @@ class Finder {
 // A block's splits one after the other, each joined as it is done.
 template <class Type>
 void compute_block(const RowBlock& block, const TileRows& after, Tiles& tiles) {
-  load_queries(block, tiles);
+  load_queries<Type>(block, tiles);
   reset(tiles.total, block.rows, block.padded_dim);
   for (int64_t split = block.first_split(); split <= block.last_split(); ++split) {
     const bool is_last = split == block.last_split();
@@ -111,7 +112,7 @@ void compute_by_splits(const Plan& plan, int threads, size_t tile_bytes) {
       const RowBlock block = blocks.block(unit / most_splits);
       const int64_t split = block.first_split() + unit % most_splits;
       if (split > block.last_split()) continue;
-      load_queries(block, tiles);
+      load_queries<Type>(block, tiles);
       tiles.split = Running::at(partials + unit * unit_floats);
       const int64_t after = least(split + threads, block.last_split());
       compute_split<Type>(block, split, block.find_tile(block.first_tile(after)), tiles);

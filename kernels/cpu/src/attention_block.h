@@ -62,14 +62,14 @@ struct Tiles {
   float *query, *keys, *raw_keys, *raw_values, *weights;
   Running split, total;
 
-  static size_t floats(int64_t dim) { return 3 * kTile * dim + kBlockRows * (3 * dim + kTile + 4); }
+  static size_t floats(int64_t dim) { return 3 * kTile * dim + kBlockRows * (3 * dim + 4) + kAttentionRows * kTile; }
   Tiles(float* memory, int64_t dim) {
     const auto take = [&](int64_t count) { return (memory += count) - count; };
     query = take(kBlockRows * dim);
     keys = take(kTile * dim);
     raw_keys = take(kTile * dim);
     raw_values = take(kTile * dim);
-    weights = take(kBlockRows * kTile);
+    weights = take(kAttentionRows * kTile);
     split = Running::at(take(kBlockRows * (dim + 2)));
     total = Running::at(take(kBlockRows * (dim + 2)));
   }
@@ -80,32 +80,45 @@ inline void reset(const Running& state, int64_t rows, int64_t dim) {
   std::memset(state.values, 0, rows * dim * sizeof(float));
 }
 
-// Queries times scale, [rows][padded head_dim].
-inline void load_queries(const RowBlock& block, Tiles& tiles) {
-  const int64_t dim = block.pages.head_dim, bytes = element_bytes(block.call.dtype);
-  const Vec scale = splat(block.call.scale);
+// What is turned: float16 has no pairs.
+template <class Type>
+using Staged = std::conditional_t<std::is_same_v<Type, F16>, F32, Type>;
+
+// Queries as the keys are multiplied with them, padded with zeros.
+template <class Type>
+void load_queries(const RowBlock& block, Tiles& tiles) {
+  using Element = typename Type::Element;
+  const int64_t dim = block.pages.head_dim;
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t head = block.kv_head * block.group + r % block.group, token = block.first_token + r / block.group;
-    const int64_t offset = token * block.call.query_token_stride + head * block.call.query_head_stride;
+    const auto* from = static_cast<const Element*>(block.call.query) + token * block.call.query_token_stride +
+                       head * block.call.query_head_stride;
     float* row = tiles.query + r * block.padded_dim;
-    widen(block.call.dtype, static_cast<const char*>(block.call.query) + offset * bytes, dim, row);
-    for (int64_t d = dim; d < block.padded_dim; ++d) row[d] = 0;
-    for (int64_t d = 0; d < block.padded_dim; d += kWidth) store(row + d, mul(load(row + d), scale));
+    std::memset(row, 0, block.padded_dim * sizeof(float));
+    if constexpr (std::is_same_v<Type, BF16> && PairKeys::kQueryPairs)
+      std::memcpy(row, from, dim * sizeof(Element));
+    else
+      widen<Type>(from, dim, row);
   }
 }
 
-// Widens the rows `offset` bytes after a tile's keys into scratch [64][padded head_dim], padded with zeros, and has
+// Copies the rows `offset` bytes after a tile's keys into scratch [64][padded head_dim], padded with zeros, and has
 // `stripes`, row_bytes apart, point there. Scratch beyond the context is left as it was.
 template <class Type>
-void widen_stripes(const RowBlock& block, int64_t tile, int64_t offset, float* scratch, const char* (&stripes)[kStripes],
-                int64_t& row_bytes) {
+void stage_stripes(const RowBlock& block, int64_t tile, int64_t offset, float* scratch,
+                   const char* (&stripes)[kStripes], int64_t& row_bytes) {
+  constexpr int64_t kBytes = sizeof(typename Staged<Type>::Element);
   const int64_t begin = tile * kTile, count = least(kTile, block.context - begin), dim = block.pages.head_dim;
-  row_bytes = block.padded_dim * sizeof(float);
-  for (int64_t stripe = 0; stripe < kStripes; ++stripe)
-    stripes[stripe] = reinterpret_cast<const char*>(scratch) + stripe * kStripe * row_bytes;
-  for (int64_t j = 0; j < count; ++j, scratch += block.padded_dim) {
-    widen<Type>(block.key_at(begin + j) + offset, dim, scratch);
-    for (int64_t d = dim; d < block.padded_dim; ++d) scratch[d] = 0;
+  row_bytes = most(block.padded_dim * kBytes, kLine);
+  char* row = reinterpret_cast<char*>(scratch);
+  for (int64_t stripe = 0; stripe < kStripes; ++stripe) stripes[stripe] = row + stripe * kStripe * row_bytes;
+  for (int64_t j = 0; j < count; ++j, row += row_bytes) {
+    const char* from = block.key_at(begin + j) + offset;
+    if constexpr (std::is_same_v<Type, F16>)
+      widen<F16>(from, dim, reinterpret_cast<float*>(row));
+    else
+      std::memcpy(row, from, dim * kBytes);
+    std::memset(row + dim * kBytes, 0, row_bytes - dim * kBytes);
   }
 }
 
@@ -120,11 +133,14 @@ void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const Tile
     hi[r] = least(kTile, block.position(begin + r) + 1 - tile * kTile);
   }
   if (hi[kRows - 1] <= 0 || lo[0] >= kTile) return;
-  float *weights = tiles.weights + begin * kTile, *values = tiles.split.values + begin * dim;
+  float *weights = tiles.weights, *values = tiles.split.values + begin * dim;
   score<KeysOf<Type>, kRows>(tiles.query + begin * dim, dim, tiles.keys, block.pages.head_dim, weights);
+  float largest[kRows];
+  for (int r = 0; r < kRows; ++r)
+    if (lo[r] < hi[r]) largest[r] = mask(weights + r * kTile, lo[r], hi[r], {block.call.scale, block.call.soft_cap});
   for (int r = 0; r < kRows; ++r)
     if (lo[r] < hi[r])
-      soften(weights + r * kTile, lo[r], hi[r], block.call.soft_cap,
+      soften(weights + r * kTile, largest[r],
              {tiles.split.maximum[begin + r], tiles.split.sum[begin + r], values + r * dim}, dim);
   // Rows go together over the keys that all of them see, each by itself before and after.
   const auto weigh_alone = [&](int r, int64_t from, int64_t to) {
@@ -139,7 +155,7 @@ void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const Tile
 // A block against a tile. `next` is what the thread turns to afterwards.
 template <class Type>
 void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
-  turn_keys(rows, block.padded_dim * KeysOf<Type>::kBytes, tiles.keys);
+  turn_keys(rows, most(block.padded_dim * KeysOf<Type>::kBytes, kLine), tiles.keys);
   for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
     const int64_t begin = block.strip_begin(strip);
     with_rows<kAttentionRows>(block.strip_begin(strip + 1) - begin, [&](auto count) {
@@ -165,13 +181,13 @@ void compute_split(const RowBlock& block, int64_t split, const TileRows& after, 
   for (int64_t tile = block.first_tile(split); tile < end; ++tile) {
     TileRows rows = block.find_tile(tile);
     const TileRows next = tile + 1 < end ? block.find_tile(tile + 1) : after;
-    if (!fits || std::is_same_v<Type, F16>)  // float16 has no pairs to turn
-      widen_stripes<Type>(block, tile, 0, tiles.raw_keys, rows.keys, rows.key_bytes);
+    if (!fits || !std::is_same_v<Type, Staged<Type>>)
+      stage_stripes<Type>(block, tile, 0, tiles.raw_keys, rows.keys, rows.key_bytes);
     if (fits) {
       attend_tile<Type>(block, tile, rows, next, tiles);
     } else {
-      widen_stripes<Type>(block, tile, value_bytes, tiles.raw_values, rows.values, rows.value_bytes);
-      attend_tile<F32>(block, tile, rows, next, tiles);
+      stage_stripes<Type>(block, tile, value_bytes, tiles.raw_values, rows.values, rows.value_bytes);
+      attend_tile<Staged<Type>>(block, tile, rows, next, tiles);
     }
   }
 }

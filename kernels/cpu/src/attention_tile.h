@@ -23,20 +23,69 @@ struct TileRows {
   int64_t key_bytes, value_bytes, stripes;
 };
 
+// sums[r] += a[r a_step] right.
+template <int kRows, int kVecs>
+inline __attribute__((always_inline)) void add_products(Vec (&sums)[kRows][kVecs], const float* a, int64_t a_step,
+                                                        const Vec (&right)[kVecs]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const Vec left = splat(a[r * a_step]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
+  }
+}
+
 // Turned keys, [head_dim / kInputs][64]: floats, or pairs of bfloat16, the earlier in the lower half. An element has
-// kBytes.
+// kBytes. Rows of queries are [padded head_dim] floats, or pairs too where a machine multiplies them as they are: the
+// instruction adds the product of the later halves, rounds, adds that of the earlier, rounds.
 struct FloatKeys {
   static constexpr int kInputs = 1, kBytes = 4;
-  template <int kInput>
-  static Vec load(const float* p) { return STAFFETTA_ISA::load(p); }
+  template <int kRows, int kVecs>
+  static inline __attribute__((always_inline)) void step(Vec (&sums)[kRows][kVecs], const float* query,
+                                                         int64_t query_step, int64_t d, const float* turned) {
+    Vec right[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) right[v] = load(turned + v * kWidth);
+    add_products(sums, query + d, query_step, right);
+  }
 };
 struct PairKeys {
   static constexpr int kInputs = 2, kBytes = 2;
-  template <int kInput>
-  static Vec load(const float* p) { return kInput ? high_half(iload(p)) : low_half(iload(p)); }
+#ifdef STAFFETTA_BF16_DOT
+  static constexpr bool kQueryPairs = true;
+  template <int kRows, int kVecs>
+  static inline __attribute__((always_inline)) void step(Vec (&sums)[kRows][kVecs], const float* query,
+                                                         int64_t query_step, int64_t d, const float* turned) {
+    IVec right[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) right[v] = iload(turned + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const IVec left = bits_of(splat(query[r * query_step + d / 2]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = dot2(sums[r][v], left, right[v]);
+    }
+  }
+#else
+  static constexpr bool kQueryPairs = false;
+  template <int kRows, int kVecs>
+  static inline __attribute__((always_inline)) void step(Vec (&sums)[kRows][kVecs], const float* query,
+                                                         int64_t query_step, int64_t d, const float* turned) {
+    Vec right[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) right[v] = high_half(iload(turned + v * kWidth));
+    add_products(sums, query + d + 1, query_step, right);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) right[v] = low_half(iload(turned + v * kWidth));
+    add_products(sums, query + d, query_step, right);
+  }
+#endif
 };
 template <class Type>
 using KeysOf = std::conditional_t<std::is_same_v<Type, BF16>, PairKeys, FloatKeys>;
+
+// Columns that go together, in vectors: as many sums as there are registers for.
+constexpr int vecs_of(int rows) { return rows <= kAttentionRows / 2 ? 4 : 2; }
 
 // Turns the keys of a tile, rows of at least kLine bytes, a multiple of 4. Meanwhile fetches its values.
 inline void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys) {
@@ -54,44 +103,23 @@ inline void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys) {
       }
 }
 
-// sums[r] += a[r a_step] right.
-template <int kRows, int kVecs>
-inline __attribute__((always_inline)) void add_products(Vec (&sums)[kRows][kVecs], const float* a, int64_t a_step,
-                                                        const Vec (&right)[kVecs]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    const Vec left = splat(a[r * a_step]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) sums[r][v] = fma(left, right[v], sums[r][v]);
-  }
-}
-
-// Scores of kRows rows, query_step apart, against turned keys, into weights [rows][64].
+// Products of kRows queries, query_step apart, with turned keys, into scores [rows][64].
 template <class Keys, int kRows>
 __attribute__((noinline)) void score(const float* query, int64_t query_step, const float* keys, int64_t dim,
-                                     float* weights) {
-  constexpr int kVecs = 4;
+                                     float* scores) {
+  constexpr int kVecs = vecs_of(kRows);
   for (int j = 0; j < kTile; j += kVecs * kWidth) {
-    Vec sums[kRows][kVecs], right[kVecs];
-#pragma GCC unroll 8
+    Vec sums[kRows][kVecs];
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
     const float* turned = keys + j;
-    for (int64_t d = 0; d < dim; d += Keys::kInputs, turned += kTile) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) right[v] = Keys::template load<0>(turned + v * kWidth);
-      add_products(sums, query + d, query_step, right);
-      if constexpr (Keys::kInputs == 2) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) right[v] = Keys::template load<1>(turned + v * kWidth);
-        add_products(sums, query + d + 1, query_step, right);
-      }
-    }
-#pragma GCC unroll 8
+    for (int64_t d = 0; d < dim; d += Keys::kInputs, turned += kTile) Keys::step(sums, query, query_step, d, turned);
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) store(weights + r * kTile + j + v * kWidth, sums[r][v]);
+      for (int v = 0; v < kVecs; ++v) store(scores + r * kTile + j + v * kWidth, sums[r][v]);
   }
 }
 
@@ -101,23 +129,36 @@ struct RunningRow {
   float* values;  // [padded_dim]
 };
 
-// Turns a row's scores into weights and brings its running maximum, sum and values up to them.
-// Keys [lo, hi) of the tile are visible; hi > lo.
-inline void soften(float* weights, int64_t lo, int64_t hi, float soft_cap, const RunningRow& row, int64_t padded_dim) {
+// What makes a score of a product.
+struct ScoreRule {
+  float scale, soft_cap;  // 0: none
+};
+
+// Scores of a row's products with the tile's keys, -inf where they are not in [lo, hi). Returns the largest.
+inline float mask(float* scores, int64_t lo, int64_t hi, const ScoreRule& rule) {
   Vec lanes[kLaneVecs];
-  if (soft_cap > 0) {
-    const Vec cap = splat(soft_cap);
-    for (int v = 0; v < kLaneVecs; ++v)
-      store(weights + v * kWidth, mul(cap, tanh(div(load(weights + v * kWidth), cap))));
+  for (int v = 0; v < kLaneVecs; ++v) lanes[v] = mul(load(scores + v * kWidth), splat(rule.scale));
+  if (rule.soft_cap > 0) {
+    const Vec cap = splat(rule.soft_cap);
+    for (auto& lane : lanes) lane = mul(cap, tanh(div(lane, cap)));
   }
-  for (int64_t j = 0; j < lo; ++j) weights[j] = kMinusInfinity;
-  for (int64_t j = hi; j < kTile; ++j) weights[j] = kMinusInfinity;
-  for (int v = 0; v < kLaneVecs; ++v) lanes[v] = load(weights + v * kWidth);
-  const float before = row.maximum, here = fold_max(lanes);
+  for (int v = 0; v < kLaneVecs; ++v) store(scores + v * kWidth, lanes[v]);
+  if (hi - lo < kTile) {
+    for (int64_t j = 0; j < lo; ++j) scores[j] = kMinusInfinity;
+    for (int64_t j = hi; j < kTile; ++j) scores[j] = kMinusInfinity;
+    for (int v = 0; v < kLaneVecs; ++v) lanes[v] = load(scores + v * kWidth);
+  }
+  return fold_max(lanes);
+}
+
+// Turns a row's scores, `here` the largest, into weights and brings its running maximum, sum and values up to them.
+inline void soften(float* weights, float here, const RunningRow& row, int64_t padded_dim) {
+  const float before = row.maximum;
   // A NaN must reach the logits, where it is found.
   const float maximum = here > before || here != here ? here : before;
+  Vec lanes[kLaneVecs];
   for (int v = 0; v < kLaneVecs; ++v) {
-    lanes[v] = exp(sub(lanes[v], splat(maximum)));
+    lanes[v] = exp(sub(load(weights + v * kWidth), splat(maximum)));
     store(weights + v * kWidth, lanes[v]);
   }
   float shrink = 1;
@@ -138,7 +179,7 @@ int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows
   constexpr int64_t kBytes = sizeof(Element);
   for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
     Vec sums[kRows][kVecs], right[kVecs];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) sums[r][v] = load(values + r * dim + d + v * kWidth);
@@ -154,7 +195,7 @@ int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows
         add_products(sums, weights + j, kTile, right);
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) store(values + r * dim + d + v * kWidth, sums[r][v]);
@@ -164,7 +205,8 @@ int64_t weigh_columns(const float* weights, const TileRows& tile, const TileRows
 template <class Type, int kRows>
 __attribute__((noinline)) void weigh(const float* weights, const TileRows& tile, const TileRows& next, int64_t lo,
                                      int64_t hi, float* values, int64_t dim) {
-  int64_t d = weigh_columns<Type, kRows, 4>(weights, tile, next, lo, hi, 0, values, dim);
+  int64_t d = 0;
+  if constexpr (vecs_of(kRows) == 4) d = weigh_columns<Type, kRows, 4>(weights, tile, next, lo, hi, d, values, dim);
   d = weigh_columns<Type, kRows, 2>(weights, tile, next, lo, hi, d, values, dim);
   weigh_columns<Type, kRows, 1>(weights, tile, next, lo, hi, d, values, dim);
 }

@@ -8,7 +8,7 @@ namespace STAFFETTA_ISA {
 
 constexpr int kWidth = 8;
 constexpr int kLinearRows = 3;  // x 4 vectors of outputs = 12 of 16 registers hold sums
-constexpr int kAttentionRows = 3;
+constexpr int kAttentionRows = 6;
 using Vec = __m256;
 using IVec = __m256i;
 

@@ -8,7 +8,7 @@ namespace STAFFETTA_ISA {
 
 constexpr int kWidth = 16;
 constexpr int kLinearRows = 12;    // x 2 vectors of outputs = 24 of 32 registers hold sums
-constexpr int kAttentionRows = 6;  // x 4 vectors
+constexpr int kAttentionRows = 12;  // x 2 vectors, or half of them x 4
 using Vec = __m512;
 using IVec = __m512i;
 

@@ -223,6 +223,8 @@ def test_attention_refuses_tables_that_leave_the_pages_and_contexts_that_leave_t
     spans = Spans(starts, torch.tensor([2]), torch.tensor([[0]]))
     with pytest.raises(ValueError, match="more than 96 query heads"):
         backend.paged_attention(torch.zeros(2, 97, 8), pages, spans, layer=0, scale=1.0)
+    with pytest.raises(ValueError, match="query and pages differ in type"):
+        backend.paged_attention(query.bfloat16(), pages, spans, layer=0, scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
