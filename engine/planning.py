@@ -131,15 +131,14 @@ class _Planner:
 
     def plan(self) -> StepPlan:
         computable = [sequence for sequence in self._snapshot.running if sequence.is_computable]
+        prompts = [sequence for sequence in computable if sequence.num_pending_tokens > 1]
         # One-token sequences first: a long prompt must not hold up the streams of others.
-        for sequence in computable:
-            if sequence.num_pending_tokens == 1:
-                self._continue(sequence)
+        for sequence in computable if not prompts else [each for each in computable if each.num_pending_tokens == 1]:
+            self._continue(sequence)
         if any(not sequence.is_prefill and sequence.sequence_id in self._slices for sequence in computable):
-            self._pace(computable)
-        for sequence in computable:
-            if sequence.num_pending_tokens > 1:
-                self._continue(sequence)
+            self._pace(len(prompts))
+        for sequence in prompts:
+            self._continue(sequence)
         if self._blocked is None and not self._preempted:
             self._admit(len(computable) + self._snapshot.num_granted)
         if self._blocked is not None and not (self._slices or self._leases or self._preempted):
@@ -148,11 +147,14 @@ class _Planner:
             self._slices[sequence_id] = self._slices[sequence_id]._replace(copied=copied)
         return StepPlan(tuple(self._preempted), tuple(self._leases), tuple(self._slices.values()))
 
-    def _pace(self, computable: list[Sequence]) -> None:
-        """Keeps what a step computes of prompts to what the streams in it bear with. A prompt counts that could run."""
+    def _pace(self, num_running: int) -> None:
+        """Keeps what a step computes of prompts to what the streams in it bear with.
+
+        `num_running` prompts run; of those that wait, as many count as have a place.
+        """
         num_streams = len(self._slices)
         waiting = [each for each in self._snapshot.waiting if each.state is SequenceState.WAITING]
-        num_prompts = sum(sequence.num_pending_tokens > 1 for sequence in (*computable, *waiting))
+        num_prompts = num_running + sum(sequence.num_pending_tokens > 1 for sequence in waiting)
         num_prompts = min(num_prompts, self._limits.max_sequences - num_streams)
         if num_prompts > 0:
             budget = self._snapshot.pacer.num_prompt_tokens(num_streams=num_streams, num_prompts=num_prompts)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
@@ -145,8 +145,7 @@ class SequenceStats:
     prefill_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):
     """One choice's news of one step. `stats` is set when it finished (GENERATE) or produced its token (PREFILL).
 
     `tokens` are the choice's next ones; of a PREFILL, which has one output for all, the first of every choice, in the

@@ -137,7 +137,6 @@ class ModelRunner:
         # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)
 
-    @torch.inference_mode()
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         """Computes one step, as `engine.step.Runner` says.
 

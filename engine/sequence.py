@@ -151,7 +151,7 @@ class Sequence:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens known and not computed."""
-        return self.num_known_tokens - self.num_computed_tokens
+        return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens  # asked most often of all
 
     @property
     def next_output_index(self) -> int:

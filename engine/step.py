@@ -1,4 +1,7 @@
-"""The values between scheduler and runner: what one step computes. No torch."""
+"""The values between scheduler and runner: what one step computes. No torch.
+
+What every stream has one of in every step is a named tuple, here and in `request`: it is made in a third of the time.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -7,8 +10,7 @@ from engine.request import PromptToken, RequestId, SampledToken, SamplingParams
 from kvtransfer.layout import BlockId
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """What the logits after a slice are for: one token for each of `choices`, at output position `output_index`.
 
     All choices share the logits; each has random numbers of its own. `prompt_token_ids` and `output_token_ids` are what
@@ -41,8 +43,7 @@ class BlockCopy(NamedTuple):
     destination: BlockId
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSlice:
+class SequenceSlice(NamedTuple):
     """One sequence's part of a step: compute `token_ids`, the tokens at positions [start, start + len(token_ids)).
 
     `block_ids` covers every position up to the end of the slice. `draw` is set when the slice ends at the last known
@@ -59,8 +60,7 @@ class SequenceSlice:
     copy: BlockCopy | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SliceResult:
+class SliceResult(NamedTuple):
     """What a slice brought: a token for each choice of its `draw`, a scored one for each target of its `score`."""
 
     tokens: tuple[SampledToken, ...] = ()

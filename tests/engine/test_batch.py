@@ -1,7 +1,5 @@
 """How slices become tensors, to the last number."""
 
-from dataclasses import replace
-
 import pytest
 
 from engine.batch import lay_out
@@ -39,8 +37,8 @@ def test_rows_that_are_drawn_from_and_rows_that_are_scored_are_told_apart() -> N
     third = make_slice([8, 9], start=0, blocks=[2], sampling=make_sampling())
     batch = lay_out(
         (
-            replace(first, score=Score(targets=(2, 3), num_alternatives=0)),
-            replace(second, score=Score(targets=(6, 7, 8), num_alternatives=0)),
+            first._replace(score=Score(targets=(2, 3), num_alternatives=0)),
+            second._replace(score=Score(targets=(6, 7, 8), num_alternatives=0)),
             third,
         ),
         block_size=4,
@@ -51,10 +49,10 @@ def test_rows_that_are_drawn_from_and_rows_that_are_scored_are_told_apart() -> N
 
 def test_a_row_may_be_drawn_and_scored_and_none_has_two_targets() -> None:
     part = make_slice([1, 2], start=0, blocks=[0], sampling=make_sampling())
-    batch = lay_out((replace(part, score=Score(targets=(2, 3), num_alternatives=0)),), block_size=4)
+    batch = lay_out((part._replace(score=Score(targets=(2, 3), num_alternatives=0)),), block_size=4)
     assert (batch.drawn_rows.tolist(), batch.scored_rows.tolist()) == ([1], [0, 1])
     with pytest.raises(ValueError, match="slice of request-0 has 3 targets for 2 tokens"):
-        lay_out((replace(part, score=Score(targets=(2, 3, 4), num_alternatives=0)),), block_size=4)
+        lay_out((part._replace(score=Score(targets=(2, 3, 4), num_alternatives=0)),), block_size=4)
 
 
 @pytest.mark.parametrize(

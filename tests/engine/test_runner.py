@@ -1,6 +1,5 @@
 """Steps over a shared pool: chunks, batches, repeats, and what is refused."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,13 +142,13 @@ def test_all_choices_of_a_slice_are_drawn_from_its_logits(directory: Path) -> No
 
 def with_choices(part: SequenceSlice, choices: tuple[int, ...]) -> SequenceSlice:
     assert part.draw is not None
-    return replace(part, draw=replace(part.draw, choices=choices))
+    return part._replace(draw=part.draw._replace(choices=choices))
 
 
 def scored(start: int, end: int, *, sampling: SamplingParams | None = None, alternatives: int = 2) -> SequenceSlice:
     """PROMPT[start:end], scored as far as the prompt goes."""
     part = make_slice(PROMPT[:end], start=start, blocks=BLOCKS, sampling=sampling)
-    return replace(part, score=Score(targets=tuple(PROMPT[start + 1 : end + 1]), num_alternatives=alternatives))
+    return part._replace(score=Score(targets=tuple(PROMPT[start + 1 : end + 1]), num_alternatives=alternatives))
 
 
 def test_a_prompts_tokens_are_scored_as_if_each_had_been_drawn(directory: Path) -> None:
@@ -160,7 +159,7 @@ def test_a_prompts_tokens_are_scored_as_if_each_had_been_drawn(directory: Path) 
         logprobs = dict(only(make_runner(directory).run((prefix,))).top_logprobs)
         assert token.logprob == logprobs[token.token_id]
         assert token.top_logprobs == tuple(logprobs.items())[:2]
-    assert result.tokens == (only(make_runner(directory).run((replace(scored(0, 30, sampling=GREEDY), score=None),))),)
+    assert result.tokens == (only(make_runner(directory).run((scored(0, 30, sampling=GREEDY)._replace(score=None),))),)
 
 
 @pytest.mark.parametrize("ends", [(1,), (16,), (13, 14, 29), tuple(range(1, 30))], ids=str)
@@ -200,13 +199,13 @@ def test_blocks_are_copied_before_anything_is_computed(directory: Path) -> None:
     pool = bytearray(make_pool_bytes(directory))
     runner = make_runner(directory, pool=pool)
     prefill(runner)
-    copying = replace(second, copy=BlockCopy(BlockId(1), BlockId(77)))
+    copying = second._replace(copy=BlockCopy(BlockId(1), BlockId(77)))
     results = runner.run((first, copying))
     assert results[0] == expected[0]
     assert results[1] != expected[0]
     alone = make_runner(directory)
     prefill(alone)
-    assert alone.run((replace(second, block_ids=first.block_ids),)) == [results[1]]
+    assert alone.run((second._replace(block_ids=first.block_ids),)) == [results[1]]
     after = bytes(pool)
     assert runner.run((copying,)) == [results[1]]
     assert runner.run((first, copying)) == results
@@ -221,7 +220,7 @@ def test_a_copy_outside_the_pool_is_refused_before_a_block_is_written(directory:
     part = make_slice([*PROMPT, 8], start=30, blocks=BLOCKS, sampling=GREEDY)
     for copy in (BlockCopy(BlockId(9), BlockId(NUM_BLOCKS)), BlockCopy(BlockId(-1), BlockId(3))):
         with pytest.raises(IndexError, match=f"is outside the pool of {NUM_BLOCKS}"):
-            runner.run((replace(part, copy=BlockCopy(BlockId(9), BlockId(3))), replace(part, copy=copy)))
+            runner.run((part._replace(copy=BlockCopy(BlockId(9), BlockId(3))), part._replace(copy=copy)))
     assert bytes(pool) == before
 
 
