@@ -13,14 +13,31 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
-from bench.processes import Process, owner, process_tree, read_process
+from bench.processes import Process, cpu_seconds, owner, process_tree, read_process
 from bench.target import TargetError
 from staffetta.exits import UsageError
 
 STOP_S: Final = 10.0
 """How long a process may take to stop: one that waits for a device stops when the device has answered."""
+SETTLE_S: Final = 60.0
 _LOOK_S: Final = 0.001
+_SETTLE_LOOK_S: Final = 1.0
+_REST_SHARE: Final = 0.1
+"""Of one core: what several idle servers take together, and less than any of them takes that has work."""
 _STOPPED: Final = frozenset("TtZX")
+
+
+def settle(pids: Collection[int]) -> None:
+    """Waits until the processes and their descendants are at rest, SETTLE_S at most: a server that has just started may
+    still prepare itself, and one that is stopped meanwhile would go on with that in its turns. One that never rests is
+    what freezing is for.
+    """
+    end = time.monotonic() + SETTLE_S
+    is_busy = bool(pids)
+    while is_busy and time.monotonic() < end:
+        before = cpu_seconds(pids)
+        time.sleep(_SETTLE_LOOK_S)
+        is_busy = cpu_seconds(pids) - before > _REST_SHARE * _SETTLE_LOOK_S
 
 
 def parse_freezes(texts: Collection[str], names: Collection[str]) -> dict[str, int]:

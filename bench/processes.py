@@ -3,13 +3,15 @@
 Reads /proc alone. It never sends a signal.
 """
 
+import os
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 _PROC: Final = Path("/proc")
-_STATE, _PARENT, _STARTED = 0, 1, 19
+_STATE, _PARENT, _USER_TIME, _SYSTEM_TIME, _STARTED = 0, 1, 11, 12, 19
 """Fields of `stat` after the command's name, from 0; see proc(5)."""
 
 
@@ -20,6 +22,8 @@ class Process:
     pid: int
     parent: int
     started: int
+    cpu_s: float
+    """Processor time so far, of all its threads."""
     state: str
     """One letter: R runs, S sleeps, D waits for a device, T is stopped, Z has ended and was not waited for."""
 
@@ -36,7 +40,14 @@ def read_process(pid: int) -> Process | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat.rpartition(")")[2].split()  # a name may hold blanks and parentheses
-    return Process(pid, int(fields[_PARENT]), int(fields[_STARTED]), fields[_STATE])
+    ticks = int(fields[_USER_TIME]) + int(fields[_SYSTEM_TIME])
+    return Process(
+        pid=pid,
+        parent=int(fields[_PARENT]),
+        started=int(fields[_STARTED]),
+        cpu_s=ticks / os.sysconf("SC_CLK_TCK"),
+        state=fields[_STATE],
+    )
 
 
 def owner(pid: int) -> int | None:
@@ -58,3 +69,8 @@ def process_tree(pid: int) -> tuple[Process, ...]:
     for process in tree:  # grows while it is walked
         tree += children[process.pid]
     return tuple(tree)
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Processor time so far of the processes and their living descendants."""
+    return sum(process.cpu_s for pid in pids for process in process_tree(pid))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.bars import Bar, bar_fields, bars_table, limit_bars, own_bars
-from bench.freeze import Turns
+from bench.freeze import Turns, settle
 from bench.kernels import MEASURED_SHAPES, STORED, KernelResult, kernels_table, measure_kernels, result_fields
 from bench.limits import LimitProbe, Limits, limits_table, measure_limits
 from bench.local_server import LocalServer
@@ -116,6 +116,7 @@ def run_system(weights: Weights, options: argparse.Namespace) -> SystemResult:
         for server in both:
             stack.enter_context(server)
         turns = Turns({server.name: server.pid for server in both})
+        settle([server.pid for server in both])
         measurement = measure_now([server.target for server in both], plan, Observer(tell, probe.again), turns)
     return SystemResult(
         weights=weights.value,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from bench.freeze import Turns, parse_freezes
+from bench.freeze import Turns, parse_freezes, settle
 from bench.machine import describe_machine
 from bench.measure import Measurement, Observer, Plan, conditions, measure, measurement_table
 from bench.record import Slo
@@ -142,7 +142,9 @@ def _print_bars(
 def _run(options: argparse.Namespace) -> None:
     """Measures, prints, and writes a result that names neither hosts nor folders."""
     names = [parse_target(each).name for each in options.servers]
-    turns = Turns(parse_freezes(options.freeze, names))
+    freezes = parse_freezes(options.freeze, names)
+    turns = Turns(freezes)
+    settle(freezes.values())
     probe = _probe(options)
     observer = Observer(tell, probe.again) if probe else Observer(tell)
     measurement = measure_now(options.servers, make_plan(options, _chosen(options)), observer, turns)

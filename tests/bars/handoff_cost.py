@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.freeze import Turns
+from bench.freeze import Turns, settle
 from bench.local_server import LocalServer
 from bench.make_checkpoint import CheckpointFormat, make_checkpoint
 from bench.run import checkpoint
@@ -125,6 +125,7 @@ def measure(model: Path, *, threads: int, rounds: int, num_requests: int, seed: 
         servers = [stack.enter_context(server) for server in systems(model, threads=threads)]
         for server in servers:
             print(server.command, flush=True)
+        settle([server.pid for server in servers])
         turns: dict[str, list[Turn]] = {server.name: [] for server in servers}
         with Turns({server.name: server.pid for server in servers}) as schedule:
             for number in range(rounds):

@@ -1,5 +1,6 @@
 """Turns of real processes: who is stopped when, who runs afterwards whatever happened, and what is refused."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from bench import freeze
 from bench.freeze import Turns, parse_freezes
-from bench.processes import process_tree, read_process
+from bench.processes import cpu_seconds, process_tree, read_process
 from bench.target import TargetError
 from staffetta.exits import UsageError
 from tests.bench.processes import parent_and_child, states
@@ -120,6 +121,40 @@ def test_a_process_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_nobody_stops_itself(pid: int) -> None:
     with pytest.raises(UsageError, match=f"this command descends from process {pid}"):
         Turns({"one": pid})
+
+
+def test_servers_are_waited_for_until_they_are_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = iter([0.0, 1.0, 1.5, 1.7, 1.7, 1.79])  # processor seconds at both ends of three looks of a second
+    slept: list[float] = []
+    monkeypatch.setattr(freeze, "cpu_seconds", lambda pids: next(spent) if list(pids) == [7, 8] else 0.0)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    freeze.settle([7, 8])
+    assert slept == [1.0, 1.0, 1.0]
+    assert next(spent, None) is None
+
+
+def test_servers_that_never_rest_are_not_waited_for_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    monkeypatch.setattr(freeze, "cpu_seconds", lambda _: float(next(now)))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    freeze.settle([7])
+    assert next(now) > freeze.SETTLE_S
+
+
+def test_processor_time_is_that_of_all_descendants() -> None:
+    with parent_and_child() as (parent, child), Turns({"one": parent}):
+        each = [cpu_seconds([pid]) for pid in (parent, child)]
+        assert cpu_seconds([parent]) == each[0] >= each[1]
+        assert each[0] > 0.0
+    found = read_process(os.getpid())
+    assert found is not None
+    assert 0.0 < found.cpu_s <= time.process_time() + 0.02
+
+
+def test_nobody_is_waited_for_where_nobody_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("slept"))
+    freeze.settle([])
 
 
 def test_servers_and_processes_are_named_together() -> None:
