@@ -62,7 +62,7 @@ class Turn:
 
 def systems(model: Path, *, threads: int) -> list[LocalServer]:
     """The colocated system and one for each transport. Those that hand over may not prefill where they decode."""
-    flags = ("--dtype", "bfloat16", "--kv-memory", "1GiB", "--threads", str(threads))
+    flags = ("--dtype", "bfloat16", "--kv-memory", "512MiB", "--threads", str(threads))
     handing_over = ("--prefill", "1", "--no-local-prefill")
     return [
         LocalServer(COLOCATED, model, ("--prefill", "0", *flags)),
