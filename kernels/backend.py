@@ -134,10 +134,11 @@ class WeightFormat(Enum):
 class Linear(Protocol):
     """A linear layer whose weights are where its backend wants them. Made by a backend, immutable, used by it alone."""
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
-        """Computes rows [T, in] into [T, out] of x's dtype, plus `residual` [T, out], if any, before the last rounding.
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Computes rows [T, in] into [T, out], plus `residual` [T, out], if any, before the one rounding to `dtype`.
 
-        x may be wider than the weights: float32 rows keep float32 results.
+        That is x's where it is None, or else float32: rows that are asked for so are computed as if x were float32.
+        x may be wider than the weights.
         """
 
 
@@ -181,9 +182,9 @@ class Operations(Protocol):
 
     def take_rows(self, x: Tensor, indices: Tensor) -> Tensor: ...
 
-    def widen(self, x: Tensor) -> Tensor: ...
-
-    def linear(self, layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor: ...
+    def linear(
+        self, layer: Linear, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor: ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 

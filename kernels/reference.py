@@ -38,11 +38,6 @@ def take_rows(x: Tensor, indices: Tensor) -> Tensor:
     return x.index_select(0, indices)
 
 
-def widen(x: Tensor) -> Tensor:
-    """The same numbers in float32. x: [T, hidden]. Bytes: T hidden (b + 4)."""
-    return x.float()
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """out[t, n] = sum over k of x[t, k] weight[n, k], plus bias[n].
 
@@ -298,9 +293,9 @@ class ReferenceLinear:
         integers, own_scales = quantize(weight)
         return partial(multiply, weight=integers, scales=own_scales, bias=bias)
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Multiplies, then adds."""
-        out = self._compute(x)
+        out = self._compute(x.to(dtype or x.dtype))
         return out if residual is None else out + residual
 
 
@@ -318,9 +313,9 @@ class ReferenceGatedLinear:
     def __init__(self, gate: ReferenceLinear, up: ReferenceLinear) -> None:
         self._gate, self._up = gate, up
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Multiplies, gates, then adds."""
-        out = silu_mul(self._gate(x), self._up(x))
+        out = silu_mul(self._gate(x, dtype=dtype), self._up(x, dtype=dtype))
         return out if residual is None else out + residual
 
 
@@ -361,9 +356,9 @@ class ReferenceBackend:
         return ReferenceGatedLinear(ReferenceLinear(*gate, stored, of_gate), ReferenceLinear(*up, stored, of_up))
 
     @staticmethod
-    def linear(layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def linear(layer: Linear, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Computes rows through a layer that was prepared here."""
-        return layer(x, residual=residual)
+        return layer(x, residual=residual, dtype=dtype)
 
     def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
         """The definition, one operation after another: there is nothing faster here."""
@@ -371,7 +366,6 @@ class ReferenceBackend:
 
     embedding = staticmethod(embedding)
     take_rows = staticmethod(take_rows)
-    widen = staticmethod(widen)
     rms_norm = staticmethod(rms_norm)
     add_rms_norm = staticmethod(add_rms_norm)
     layer_norm = staticmethod(layer_norm)

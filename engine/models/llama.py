@@ -162,11 +162,11 @@ class Llama:
             ops.rms_norm(add(last, ops.take_rows(attended, rows), ops.take_rows(hidden, rows)), self._norm, eps)
             for rows in (batch.drawn_rows, batch.scored_rows)
         )
-        return ops.linear(self._head, ops.widen(drawn)), scored
+        return ops.linear(self._head, drawn, dtype=torch.float32), scored
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores every token for rows after the last norm: [rows, vocab_size], float32 and not rounded to less."""
-        return self._head(hidden.float())
+        return self._head(hidden, dtype=torch.float32)
 
 
 def _prefix(layer: int) -> str:

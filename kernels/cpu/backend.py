@@ -77,13 +77,11 @@ class CpuBackend:
         check(status, out_of_range=out_of_range)
         return out
 
-    def widen(self, x: Tensor) -> Tensor:
-        """See `kernels.reference.widen`."""
-        return x.float()
-
-    def linear(self, layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self, layer: Linear, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Computes rows through a layer that was prepared here."""
-        return layer(x, residual=residual)
+        return layer(x, residual=residual, dtype=dtype)
 
     def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
         """Records `definition` and returns it as one call. Raises ValueError or TypeError where it cannot be."""

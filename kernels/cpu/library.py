@@ -62,7 +62,6 @@ class OperationKind(IntEnum):
     LAYER_NORM = 3
     ROTATE_AND_WRITE = 4
     PAGED_ATTENTION = 5
-    WIDEN = 6
 
 
 class RowsOf(IntEnum):

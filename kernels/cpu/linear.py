@@ -69,15 +69,15 @@ class CpuLinear:
             gated=int(buffers.out_features != buffers.outputs),
         )
 
-    def __call__(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
         if x.dim() != 2 or x.shape[1] != self.packed.inputs:
             raise ValueError(f"x has shape {list(x.shape)}, the layer takes [rows, {self.packed.inputs}]")
         x = rows(x)
-        out = x.new_empty(len(x), self.out_features)
+        out = x.new_empty(len(x), self.out_features, dtype=dtype)
         if residual is not None and residual.shape != out.shape:
             raise ValueError(f"residual has shape {list(residual.shape)}, the result {list(out.shape)}")
-        other = None if residual is None else rows(residual.to(x.dtype))
+        other = None if residual is None else rows(residual.to(out.dtype))
         status = self._backend.library.staffetta_linear(
             self._backend.isa,
             self._backend.threads,

@@ -149,22 +149,15 @@ class _Recorder:
         self.operations.append(Operation(kind=OperationKind.TAKE_ROWS, inputs=(table,), outputs=(part,)))
         return out
 
-    def widen(self, x: Tensor) -> Tensor:
-        """Notes `kernels.reference.widen`."""
-        source = self._rows(x)
-        if x.dtype is torch.float32:
-            return x
-        out, part = self._make(source.value.rows_of, x.shape[1], dtype=torch.float32)
-        self.operations.append(Operation(kind=OperationKind.WIDEN, inputs=(source,), outputs=(part,)))
-        return out
-
-    def linear(self, layer: Linear, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self, layer: Linear, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Notes a layer of `prepare_linear` or `prepare_gated_linear`."""
         if not isinstance(layer, CpuLinear):
             raise TypeError(f"{layer!r} is no linear layer of the compiled kernels")
         source = self._rows(x)
         _require(source.matrix.columns == layer.packed.inputs, f"x has shape {list(x.shape)}, the layer another width")
-        out, part = self._make(source.value.rows_of, layer.out_features, dtype=x.dtype)
+        out, part = self._make(source.value.rows_of, layer.out_features, dtype=dtype or x.dtype)
         self.keep.append(layer)
         self.operations.append(
             Operation(

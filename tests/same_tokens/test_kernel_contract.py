@@ -23,11 +23,13 @@ SHAPES = {"small": (37, 45), "blocked": (1027, 161)}  # K over several cache blo
 class Stored(NamedTuple):
     dtype: torch.dtype
     format: WeightFormat
+    result: torch.dtype | None = None
 
 
 STORED = {
     "float32": Stored(torch.float32, WeightFormat.AS_GIVEN),
     "bfloat16": Stored(torch.bfloat16, WeightFormat.AS_GIVEN),
+    "bfloat16-to-float32": Stored(torch.bfloat16, WeightFormat.AS_GIVEN, torch.float32),
     "int8": Stored(torch.float32, WeightFormat.INT8),
     "int8-weight": Stored(torch.float32, WeightFormat.INT8_WEIGHT),
     "int8-weight-bfloat16": Stored(torch.bfloat16, WeightFormat.INT8_WEIGHT),
@@ -54,32 +56,32 @@ def test_a_row_of_a_linear_layer_is_the_same_at_every_number_of_rows(
     backend: CpuBackend, alone: CpuBackend, stored: str, shape: str, is_full: bool
 ) -> None:
     inputs, outputs = SHAPES[shape]
-    dtype, weight_format = STORED[stored]
+    dtype, weight_format, result = STORED[stored]
     weight, bias = numbers(outputs, inputs, seed=1, dtype=dtype), numbers(outputs, seed=2, dtype=dtype)
     # Rows of different sizes: a scale taken over several of them shows.
     x = (numbers(MAX_ROWS, inputs, seed=3) * torch.linspace(0.01, 3, MAX_ROWS)[:, None]).to(dtype)
-    residual = numbers(MAX_ROWS, outputs, seed=4, dtype=dtype)
+    residual = numbers(MAX_ROWS, outputs, seed=4, dtype=result or dtype)
     one = alone.prepare_linear(weight, bias, stored=weight_format)
-    expected = torch.cat([one(x[m : m + 1], residual=residual[m : m + 1]) for m in range(MAX_ROWS)])
+    expected = torch.cat([one(x[m : m + 1], residual=residual[m : m + 1], dtype=result) for m in range(MAX_ROWS)])
     layer = backend.prepare_linear(weight, bias, stored=weight_format)
     every = is_full or (backend.isa is alone.isa and (backend.threads == 2 or shape == "small"))
     for count in range(1, MAX_ROWS + 1) if every else FEW_ROWS:
-        first = layer(x[:count], residual=residual[:count])
+        first = layer(x[:count], residual=residual[:count], dtype=result)
         assert_rows_equal(first, expected[:count], f"first {count} rows")
-    last = layer(x[-77:], residual=residual[-77:])
+    last = layer(x[-77:], residual=residual[-77:], dtype=result)
     assert_rows_equal(last, expected[-77:], "last 77 rows")
 
 
 @pytest.mark.parametrize("stored", STORED)
 def test_a_gated_row_is_the_same_at_every_number_of_rows(backend: CpuBackend, alone: CpuBackend, stored: str) -> None:
-    dtype, weight_format = STORED[stored]
+    dtype, weight_format, result = STORED[stored]
     halves = [(numbers(53, 419, seed=seed, dtype=dtype), None) for seed in (5, 6)]
     x = numbers(64, 419, seed=7, dtype=dtype)
     one = alone.prepare_gated_linear(halves[0], halves[1], stored=weight_format)
-    expected = torch.cat([one(row[None]) for row in x])
+    expected = torch.cat([one(row[None], dtype=result) for row in x])
     layer = backend.prepare_gated_linear(halves[0], halves[1], stored=weight_format)
     for count in (1, 2, 13, 64):
-        assert_rows_equal(layer(x[:count]), expected[:count], f"{count} rows")
+        assert_rows_equal(layer(x[:count], dtype=result), expected[:count], f"{count} rows")
 
 
 @pytest.mark.parametrize("stored", STORED)
@@ -87,13 +89,13 @@ def test_a_row_of_a_linear_layer_over_many_inputs_is_the_same(
     backend: CpuBackend, alone: CpuBackend, stored: str
 ) -> None:
     # More inputs than any format computes without storing sums: alone a row does, together rows do not.
-    dtype, weight_format = STORED[stored]
+    dtype, weight_format, result = STORED[stored]
     weight, x = numbers(33, 16_500, seed=16, dtype=dtype), numbers(26, 16_500, seed=17, dtype=dtype)
     one = alone.prepare_linear(weight, stored=weight_format)
-    expected = torch.cat([one(row[None]) for row in x])
+    expected = torch.cat([one(row[None], dtype=result) for row in x])
     layer = backend.prepare_linear(weight, stored=weight_format)
     for count in (1, 13, 26):
-        assert_rows_equal(layer(x[:count]), expected[:count], f"{count} rows")
+        assert_rows_equal(layer(x[:count], dtype=result), expected[:count], f"{count} rows")
 
 
 class Context:

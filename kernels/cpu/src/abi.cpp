@@ -103,11 +103,6 @@ int32_t staffetta_layer_norm(int32_t set, int32_t threads, const Matrix* x, cons
   return guarded([&] { kernels_of(set).layer_norm(*x, *residual, *weight, *bias, eps, *sum, *out, threads); });
 }
 
-int32_t staffetta_widen(int32_t set, const Matrix* x, const Matrix* out) {
-  kernels_of(set).widen_rows(*x, *out);
-  return kOk;
-}
-
 int32_t staffetta_rotate_and_write(int32_t set, int32_t threads, const RotateArguments* call, const Pages* pages,
                                    int64_t num_positions) {
   if (!are_within(call->positions, call->query.rows, num_positions) ||

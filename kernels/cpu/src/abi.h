@@ -102,7 +102,6 @@ int32_t staffetta_rms_norm(int32_t set, int32_t threads, const Matrix* x, const 
 int32_t staffetta_layer_norm(int32_t set, int32_t threads, const Matrix* x, const Matrix* residual,
                              const Matrix* weight, const Matrix* bias, float eps, const Matrix* sum,
                              const Matrix* out);
-int32_t staffetta_widen(int32_t set, const Matrix* x, const Matrix* out);
 int32_t staffetta_rotate_and_write(int32_t set, int32_t threads, const RotateArguments* call, const Pages* pages,
                                    int64_t num_positions);
 int32_t staffetta_attention(int32_t set, int32_t threads, const AttentionArguments* call, const Pages* pages);
@@ -116,7 +115,6 @@ struct Kernels {
                    const Matrix& out, int threads);
   void (*layer_norm)(const Matrix& x, const Matrix& residual, const Matrix& weight, const Matrix& bias, float eps,
                      const Matrix& sum, const Matrix& out, int threads);
-  void (*widen_rows)(const Matrix& x, const Matrix& out);
   void (*rotate_and_write)(const RotateArguments&, const Pages&, int threads);
   void (*log_softmax)(const Matrix& logits, const Matrix& out, int threads);
   void (*sample)(const Matrix& logits, const Draw* draws, int64_t num_draws, const int64_t* token_ids, int64_t* tokens,

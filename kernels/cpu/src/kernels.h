@@ -11,7 +11,7 @@
 namespace STAFFETTA_ISA {
 
 constexpr Kernels table() {
-  return {linear, attention, rms_norm, layer_norm, widen_rows, rotate_and_write, log_softmax, sample, score_tokens};
+  return {linear, attention, rms_norm, layer_norm, rotate_and_write, log_softmax, sample, score_tokens};
 }
 
 }  // namespace STAFFETTA_ISA

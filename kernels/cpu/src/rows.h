@@ -79,12 +79,6 @@ inline void layer_norm(const Matrix& x, const Matrix& residual, const Matrix& we
   });
 }
 
-// out = x in float32, exactly. Serial: the rows that draw are few. Bytes: rows columns (b + 4).
-inline void widen_rows(const Matrix& x, const Matrix& out) {
-  for (int64_t r = 0; r < x.rows; ++r)
-    widen(x.dtype, row_of(x, r), x.columns, reinterpret_cast<float*>(row_of(out, r)));
-}
-
 // Turns the pairs (a, b) = (x[i], x[i + D / 2]) of a head by their angles: (a cos - b sin, b cos + a sin), each as
 // fma(a, cos, -(b sin)) and fma(b, cos, a sin).
 inline void rotate_head(int32_t dtype, const void* x, const float* cosines, const float* sines, int64_t dim, void* out,

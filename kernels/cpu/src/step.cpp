@@ -45,12 +45,6 @@ struct Step {
     return staffetta_embedding(indices[op.outputs[0].rows_of], &table, &out);
   }
 
-  // inputs: x. outputs: the same in float32.
-  int32_t widen(const StepOperation& op) const {
-    const Matrix x = at(op.inputs[0]), out = at(op.outputs[0]);
-    return staffetta_widen(set, &x, &out);
-  }
-
   // inputs: x, residual or absent. outputs: the layer's. weight.
   int32_t linear(const StepOperation& op) const {
     const Matrix x = at(op.inputs[0]), residual = at(op.inputs[1]), out = at(op.outputs[0]);
@@ -110,7 +104,6 @@ struct Step {
       case kLayerNorm: return layer_norm(op);
       case kRotateAndWrite: return rotate_and_write(op);
       case kPagedAttention: return paged_attention(op);
-      case kWiden: return widen(op);
       default: return kUnsupported;
     }
   }

@@ -13,7 +13,6 @@ enum OperationKind : int32_t {
   kLayerNorm = 3,
   kRotateAndWrite = 4,
   kPagedAttention = 5,
-  kWiden = 6,
 };
 
 // What a matrix has a row for.

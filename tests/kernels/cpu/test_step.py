@@ -74,7 +74,9 @@ def everything(backend: CpuBackend, dtype: torch.dtype, *, stored: WeightFormat)
         normed, total = ops.add_rms_norm(attended.flatten(1), across.flatten(1), scale, 1e-5)
         inner = ops.linear(gated, normed, residual=total)
         drawn, scored = (ops.take_rows(inner, rows) for rows in (batch.drawn_rows, batch.scored_rows))
-        return ops.linear(head, ops.widen(ops.rms_norm(drawn, scale, 1e-5))), ops.linear(gated, scored, residual=scored)
+        return ops.linear(head, ops.rms_norm(drawn, scale, 1e-5), dtype=torch.float32), ops.linear(
+            gated, scored, residual=scored
+        )
 
     return define
 
@@ -208,7 +210,7 @@ UNREPEATABLE: dict[str, tuple[Callable[[Operations, Batch, Tensor, Tensor], Any]
     "rows turned": (lambda ops, b, p, x: ops.rms_norm(x.view(8, 24).T.view(24, 8), WEIGHT, 1e-5), "of all rows"),
     "heads as rows": (lambda ops, b, p, x: ops.rms_norm(x.view(-1, HEAD_DIM), WEIGHT[:8], 1e-5), "of all rows"),
     "every other column": (lambda ops, b, p, x: ops.rms_norm(x[:, ::2], WEIGHT[:24], 1e-5), "of all rows"),
-    "heads instead of rows": (lambda ops, b, p, x: ops.widen(heads_of(x)), "takes [rows, columns]"),
+    "heads instead of rows": (lambda ops, b, p, x: ops.linear(LAYER, heads_of(x)), "takes [rows, columns]"),
     "part of a value": (lambda ops, b, p, x: x[:, :8], "whole"),
     "a value that is returned twice": (lambda ops, b, p, x: x, "whole"),
     "a weight that is made": (lambda ops, b, p, x: ops.rms_norm(x, x[0], 1e-5), "a weight is made by an operation"),

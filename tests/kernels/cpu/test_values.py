@@ -63,6 +63,26 @@ def test_float32_rows_through_bfloat16_weights_stay_float32(backend: CpuBackend)
     close(backend.prepare_linear(weight)(x), x @ weight.float().T, scale=33)
 
 
+@pytest.mark.parametrize("stored", WeightFormat, ids=lambda stored: stored.name.lower())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_in_float32_are_those_of_the_rows_and_rounded_once(
+    backend: CpuBackend, dtype: torch.dtype, stored: WeightFormat
+) -> None:
+    weight, x, residual = torch.randn(70, 41).to(dtype), torch.randn(5, 41).to(dtype), torch.randn(5, 70)
+    for each in (backend, REFERENCE):
+        layers = (
+            each.prepare_linear(weight, stored=stored),
+            each.prepare_gated_linear((weight, None), (weight.flip(0), None), stored=stored),
+        )
+        for layer in layers:
+            wide = each.linear(layer, x, residual=residual, dtype=torch.float32)
+            assert wide.dtype == torch.float32
+            close(wide, layer(x.float(), residual=residual), scale=41)
+            assert wide.to(dtype).float().ne(wide).any() or dtype is torch.float32
+    exact = backend.linear(backend.prepare_linear(weight, stored=stored), x, dtype=torch.float32)
+    assert torch.equal(exact.to(dtype), backend.prepare_linear(weight, stored=stored)(x))
+
+
 def test_int8_sums_are_exact(backend: CpuBackend) -> None:
     # Every product at its extreme: a sum that saturates or rounds on the way shows.
     weight, x = torch.ones(3, 4097), torch.ones(2, 4097)
@@ -288,12 +308,3 @@ def test_rows_are_taken_as_the_reference_takes_them() -> None:
         for index in (4, -1):
             with pytest.raises(IndexError):
                 each.take_rows(x, torch.tensor([0, index]))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_widened_rows_have_the_same_numbers(dtype: torch.dtype) -> None:
-    x = torch.randn(3, 37).to(dtype)
-    for each in (CpuBackend(threads=1), REFERENCE):
-        wide = each.widen(x)
-        assert wide.dtype == torch.float32
-        assert torch.equal(wide.to(dtype), x)
