@@ -18,8 +18,11 @@
 
 namespace STAFFETTA_ISA {
 
-constexpr int64_t kPieceSteps = 512;
-static_assert(kPieceSteps % kGroupSteps<Int4Weights> == 0, "a group lies in one piece");
+constexpr int64_t kPieceSteps = 512;          // of a strip and of a panel
+constexpr int64_t kFewStrips = 4;             // that wait for memory as long as they compute
+constexpr int64_t kFewStripsPieceSteps = 128;  // so that the first cache keeps a piece for all strips
+static_assert(kFewStripsPieceSteps % kGroupSteps<Int4Weights> == 0, "a group lies in one piece");
+static_assert(kPieceSteps % kFewStripsPieceSteps == 0, "a chunk holds whole pieces of either size");
 constexpr int64_t kMostChunkSteps = 2048;
 constexpr int64_t kMostChunkBytes = int64_t{16} << 10;  // of one row
 constexpr int64_t kBlockBytes = int64_t{768} << 10;  // of rows for one chunk of K: most of a second cache of 1 MiB
@@ -98,7 +101,7 @@ LinearCall plan(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const int64_t steps = ceil_div(w.inputs, Weights::kStepInputs), num_strips = ceil_div(x.rows, kLinearRows);
   int64_t piece_steps = steps, chunk_steps = steps;
   if (num_strips > 1) {  // else no piece of the weights is used twice
-    piece_steps = kPieceSteps;
+    piece_steps = num_strips <= kFewStrips ? kFewStripsPieceSteps : kPieceSteps;
     const int64_t num_chunks = ceil_div(steps, least(kMostChunkSteps, kMostChunkBytes / Weights::kStripBytes));
     if (num_chunks > 1) chunk_steps = ceil_div(steps, num_chunks * piece_steps) * piece_steps;
   }
@@ -122,7 +125,7 @@ void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   const int64_t num_groups = ceil_div(num_panels, group);
   const int64_t sums_bytes = (call.is_carried() ? group : 1) * (call.blocks.size + 1) * kLinearRows * kPanel * 4;
   const size_t scratch_bytes = most(sums_bytes, kWidth * scratch_row<Weights>(call) * 4);
-  share_loop(num_strips <= 2 ? 1 : threads, num_strips, [&](int64_t strip) {
+  share_loop(threads_for(x.rows * x.columns, threads), num_strips, [&](int64_t strip) {
     float* scratch = static_cast<float*>(workspace(Scratch::kPrivate, scratch_bytes));
     pack_strip<Weights>(call, call.blocks.part_of(strip), strip, scratch);
   });

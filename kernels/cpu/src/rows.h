@@ -11,10 +11,8 @@
 
 namespace STAFFETTA_ISA {
 
-constexpr int64_t kSerialElements = 1 << 13;  // elements that are not worth sharing
 constexpr int64_t kVocabularyTile = 4096;
 
-inline int threads_for(int64_t elements, int threads) { return elements > kSerialElements ? threads : 1; }
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 
 // Loads row r of x into `row`; with a residual, adds it, rounds to sum's type, stores that and goes on with it.

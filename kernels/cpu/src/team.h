@@ -29,6 +29,9 @@ class Turns {
   const int64_t count_;
 };
 
+constexpr int64_t kSerialElements = 1 << 13;  // to read, compute and write that are not worth sharing
+inline int threads_for(int64_t elements, int threads) { return elements > kSerialElements ? threads : 1; }
+
 // Calls work(turns) on up to `threads` threads; each is to take turns until there are none.
 template <class Work>
 void share_turns(int threads, int64_t count, const Work& work) {
