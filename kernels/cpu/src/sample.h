@@ -62,53 +62,108 @@ class Adjustment {
   int64_t num_changed_;
 };
 
-// A sum of integers below 2^31, lane by lane: of up to 2^16 of them the lower 32 bits, and the sum of their upper halves
-// tell the whole.
-struct WeightSum {
-  IVec low = izero(), high = izero();
-
-  void add(IVec weights) {
-    low = iadd(low, weights);
-    high = iadd(high, shift_right<16>(weights));
+// How much a token weighs: round(2^30 e^score). Exact sums, whatever the order: of up to 2^16 integers below 2^31 the
+// lower 32 bits, and the sum of their upper halves, tell the whole.
+class ExactWeights {
+ public:
+  static Vec of(Vec score) { return mul(exp(score), splat(kWeightOf1)); }
+  void add(Vec weights) {
+    low_ = iadd(low_, to_int(weights));
+    high_ = iadd(high_, shift_right<16>(to_int(weights)));
   }
-  uint64_t total() const {
-    uint32_t lows[kWidth], highs[kWidth];
-    istore(lows, low);
-    istore(highs, high);
+  double total() const {
+    uint32_t low[kWidth], high[kWidth];
+    istore(low, low_);
+    istore(high, high_);
     uint64_t sum = 0;
-    for (int i = 0; i < kWidth; ++i) sum += (uint64_t{highs[i]} << 16) + static_cast<uint32_t>(lows[i] - (highs[i] << 16));
-    return sum;
+    for (int i = 0; i < kWidth; ++i) sum += (uint64_t{high[i]} << 16) + static_cast<uint32_t>(low[i] - (high[i] << 16));
+    return static_cast<double>(sum);
   }
+
+ private:
+  IVec low_ = izero(), high_ = izero();
 };
 
-// How much the tokens weigh that each of the cuts keeps, the first of which keeps the most. A token's weight is
-// round(2^30 e^score).
-template <int kCuts>
-inline void weigh(const Row& row, const Cut (&cuts)[kCuts], uint64_t (&masses)[kCuts]) {
-  constexpr int64_t kSpan = (1 << 16) / kLaneVecs;  // groups that a lane's sum may hold
-  const auto weight_of = [&](Vec x) { return mul(exp(row.score(x)), splat(kWeightOf1)); };
-  const float weighty = row.lowest_with(kWeightless), lowest = weighty > cuts[0].z ? weighty : cuts[0].z;
-  for (auto& mass : masses) mass = 0;
+// The same in units of 2^30, within kRoughness, for a quarter of the work. The bits of a float are its logarithm, roughly:
+// 2^23 (127 + t), taken as bits, is a float between 2^t and 1.0615 x 2^t. Schraudolph 1999, "A Fast, Compact
+// Approximation of the Exponential Function".
+class RoughWeights {
+ public:
+  static constexpr double kRoughness = 1.065;  // with the roundings of sums of 2^12 terms
+  static Vec of(Vec score) {
+    constexpr float kOne = 1 << 23;
+    return from_bits(to_int(max(fma(score, splat(1.44269504f * kOne), splat(127 * kOne)), splat(kOne))));
+  }
+  void add(Vec weights) { sum_ = STAFFETTA_ISA::add(sum_, weights); }
+  double total() const {
+    float sums[kWidth];
+    store(sums, sum_);
+    double sum = 0;
+    for (const float lane : sums) sum += lane;
+    return sum;
+  }
+
+ private:
+  Vec sum_ = zero();
+};
+
+// What a cut keeps, as the least logit at each place of a group.
+class Limits {
+ public:
+  explicit Limits(const Cut& cut) : cut_group_(cut.id >= 0 ? cut.id / kGroupTokens : -1) {
+    for (int64_t i = 0; i < kGroupTokens; ++i) {
+      before_[i] = cut.z;
+      after_[i] = above(cut.z);
+      there_[i] = cut_group_ * kGroupTokens + i <= cut.id ? cut.z : above(cut.z);
+    }
+  }
+  const float* in(int64_t group) const {
+    return group < cut_group_ ? before_ : group == cut_group_ ? there_ : after_;
+  }
+
+ private:
+  const int64_t cut_group_;
+  float before_[kGroupTokens], there_[kGroupTokens], after_[kGroupTokens];
+};
+
+// The weights of the tokens that a cut keeps, and of those that only a wider one does.
+struct Masses {
+  double kept, rest;
+};
+
+template <class Weights>
+inline Masses weigh(const Row& row, const Cut& wider, const Cut& cut) {
+  constexpr int64_t kSpan = (1 << 12) / kLaneVecs;  // groups that are summed together
+  const Limits wider_limits(wider), limits(cut);
+  const float weighty = row.lowest_with(kWeightless), lowest = weighty > wider.z ? weighty : wider.z;
+  Masses masses{0, 0};
   for (int64_t begin = 0; begin < row.num_groups(); begin += kSpan) {
-    WeightSum sums[kCuts];
+    Weights kept, rest;
     for (int64_t group = begin; group < least(begin + kSpan, row.num_groups()); ++group) {
       if (row.maxima[group] < lowest) continue;
-      // Of logits equal to the cut's, whole groups up to its id are kept.
-      Vec limits[kCuts];
-      for (int c = 0; c < kCuts; ++c)
-        limits[c] = splat((group + 1) * kGroupTokens <= cuts[c].id + 1 ? cuts[c].z : above(cuts[c].z));
-      for (int v = 0; v < kLaneVecs; ++v) {
-        const Vec x = load(row.groups[group] + v * kWidth), weight = weight_of(x);
-        for (int c = 0; c < kCuts; ++c) sums[c].add(to_int(zero_below(weight, x, limits[c])));
+      const float *x = row.groups[group], *least_wider = wider_limits.in(group), *least = limits.in(group);
+      for (int v = 0; v < kLanes; v += kWidth) {
+        const Vec z = load(x + v), weights = zero_below(Weights::of(row.score(z)), z, load(least_wider + v));
+        const Vec within = zero_below(weights, z, load(least + v));
+        kept.add(within);
+        rest.add(sub(weights, within));
       }
     }
-    for (int c = 0; c < kCuts; ++c) masses[c] += sums[c].total();
+    masses.kept += kept.total();
+    masses.rest += rest.total();
   }
-  for (int c = 0; c < kCuts; ++c) {  // and of the group that the id is in, those before it
-    const auto weight = static_cast<uint64_t>(first(to_float(to_int(weight_of(splat(cuts[c].z))))));
-    for (int64_t token = (cuts[c].id + 1) / kGroupTokens * kGroupTokens; token <= cuts[c].id; ++token)
-      if (row.at(token) == cuts[c].z) masses[c] += weight;
-  }
+  return masses;
+}
+
+// Whether the tokens that `cut` keeps weigh the share p of all that `all` keeps, or more; rest: what, roughly, the others
+// of these weigh.
+inline bool reaches(const Row& row, double p, const Cut& all, const Cut& cut, double kept, double rest) {
+  const double unit = static_cast<double>(row.n) / kWeightOf1;  // more than is lost by rounding to whole weights
+  constexpr double kLess = 1 / RoughWeights::kRoughness, kMore = 1.001;
+  if ((1 - p) * (kLess * kept - unit) > p * (kMore * rest + unit)) return true;
+  if ((1 - p) * (kMore * kept + unit) < p * (kLess * rest - unit)) return false;
+  const Masses exact = weigh<ExactWeights>(row, all, cut);
+  return exact.kept >= p * (exact.kept + exact.rest);
 }
 
 // Looks for the token whose score and noise together are the most.
@@ -189,21 +244,20 @@ class Contest {
   int64_t winner_;
 };
 
-// The winner of those that `cut` and the nucleus of the share p keep. Who wins among all that `cut` keeps has won, if
-// what comes before it weighs less than the target; else the nucleus ends before it, and the others go on. Each time
-// the winner is drawn by weight, so what comes before it halves on average.
-inline int64_t draw_from_nucleus(const Row& row, Cut cut, double p, Contest& contest) {
-  int64_t winner = contest.winner(cut);
-  Cut before{row.at(winner), winner - 1};
-  uint64_t masses[2];
-  weigh<2>(row, {cut, before}, masses);
-  const double target = p * static_cast<double>(masses[0]);
-  for (uint64_t mass[1] = {masses[1]}; mass[0] > 0 && static_cast<double>(mass[0]) >= target;) {
-    winner = contest.winner(before);
-    before = {row.at(winner), winner - 1};
-    weigh<1>(row, {before}, mass);
+// The winner of those that `all` and the nucleus of the share p keep. Who wins among all has won, if what comes before
+// it weighs less than that share; else the nucleus ends before it, and the others go on. A winner is drawn by weight, so
+// what comes before it halves each time, on average.
+inline int64_t draw_from_nucleus(const Row& row, const Cut& all, double p, Contest& contest) {
+  double rest = 0;
+  for (Cut cut = all;;) {
+    const int64_t winner = contest.winner(cut);
+    if (row.at(winner) == row.largest && winner == likeliest(row)) return winner;
+    const Cut before{row.at(winner), winner - 1};
+    const Masses masses = weigh<RoughWeights>(row, cut, before);
+    rest += masses.rest;
+    if (!reaches(row, p, all, before, masses.kept, rest)) return winner;
+    cut = before;
   }
-  return winner;
 }
 
 // One token, or a DrawFailure.

@@ -74,6 +74,7 @@ inline IVec shift_right(IVec x) {
   return _mm256_srli_epi32(x, kBits);
 }
 inline IVec bits_of(Vec x) { return _mm256_castps_si256(x); }
+inline Vec from_bits(IVec x) { return _mm256_castsi256_ps(x); }
 inline IVec multiply_even(IVec a, IVec b) { return _mm256_mul_epu32(a, b); }
 inline IVec odd_to_even(IVec x) { return _mm256_srli_epi64(x, 32); }
 inline IVec interleave_even(IVec even, IVec odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa); }

@@ -80,6 +80,7 @@ inline IVec shift_right(IVec x) {  // unsigned
   return _mm512_srli_epi32(x, kBits);
 }
 inline IVec bits_of(Vec x) { return _mm512_castps_si512(x); }
+inline Vec from_bits(IVec x) { return _mm512_castsi512_ps(x); }
 // Products of the even lanes of a and b, unsigned and 64 bits wide: low half in the even lane, high half in the odd one.
 inline IVec multiply_even(IVec a, IVec b) { return _mm512_mul_epu32(a, b); }
 inline IVec odd_to_even(IVec x) { return _mm512_srli_epi64(x, 32); }

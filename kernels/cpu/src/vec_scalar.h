@@ -114,6 +114,9 @@ inline IVec shift_right(IVec x) {
   return each<IVec>([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(x.lane[i]) >> kBits); });
 }
 inline IVec bits_of(Vec x) { return iload(x.lane); }
+inline Vec from_bits(IVec x) {
+  return each<Vec>([&](int i) { return float_of(static_cast<uint32_t>(x.lane[i])); });
+}
 inline IVec multiply_even(IVec a, IVec b) {
   return each<IVec>([&](int i) {
     const int even = i & ~1;
