@@ -7,21 +7,20 @@
 
 namespace STAFFETTA_ISA {
 
-// The logarithm of the sum of e^(x - maximum), by the tree of log_softmax.
-inline float log_of_sum(const float* z, int64_t n, float maximum, int threads) {
-  const int64_t tile = kTreeByThreads ? ceil_div(n, threads) : kVocabularyTile;
-  const auto accumulate = [=](Vec total, Vec x) { return add(total, exp(sub(x, splat(maximum)))); };
+// The logarithm of the sum of e^(x - largest), by the tree of log_softmax. That is bound by arithmetic, so the memory
+// fetches what this thread may score next meanwhile.
+inline float log_of_sum(const Row& row, const float* next, int threads) {
+  const int64_t tile = kTreeByThreads ? ceil_div(row.num_groups(), threads) : kVocabularyTile / kGroupTokens;
   float sum = 0;
-  for (int64_t begin = 0; begin < n; begin += tile) {
-    const int64_t count = least(tile, n - begin), whole = count / kLanes * kLanes;
-    if (whole == count) {
-      sum += sum_lanes(z + begin, count, accumulate, 1);
-      continue;
+  for (int64_t begin = 0; begin < row.num_groups(); begin += tile) {
+    Vec lanes[kLaneVecs];
+    for (auto& lane : lanes) lane = zero();
+    for (int64_t group = begin; group < least(begin + tile, row.num_groups()); ++group) {
+      for (int i = 0; i < kGroupTokens; i += 16) __builtin_prefetch(next + group * kGroupTokens + i, 0, 2);
+      for (int v = 0; v < kLaneVecs; ++v)
+        lanes[v] = add(lanes[v], exp(sub(load(row.groups[group] + v * kWidth), splat(row.largest))));
     }
-    float* padded = static_cast<float*>(workspace(Scratch::kShared, (whole + kLanes) * sizeof(float)));
-    std::memcpy(padded, z + begin, count * sizeof(float));
-    for (int64_t i = count; i < whole + kLanes; ++i) padded[i] = kMinusInfinity;
-    sum += sum_lanes(padded, whole + kLanes, accumulate, 1);
+    sum += fold_sum(lanes);
   }
   return log(sum);
 }
@@ -36,7 +35,8 @@ inline void score_row(const ScoreArguments& call, int64_t item, int threads) {
     return;
   }
   const Row row{scratch.groups, scratch.maxima, n, largest_of(scratch.maxima, ceil_div(n, kGroupTokens)), 1.0f};
-  const float logarithm = log_of_sum(z, n, row.largest, threads);
+  const int64_t ahead = least(item + threads, call.num_rows - 1);
+  const float logarithm = log_of_sum(row, reinterpret_cast<const float*>(row_of(call.logits, call.rows[ahead])), threads);
   const auto logprob = [&](float x) { return x - row.largest - logarithm; };
   call.logprobs[item] = logprob(z[call.targets[item]]);
   if (k == 0) return;
