@@ -12,13 +12,12 @@ from torch import Tensor
 from kernels import sampling
 from kernels.cpu.backend import CpuBackend
 from kernels.cpu.library import InstructionSet
-from kernels.philox import gumbel
+from kernels.philox import GROUP_TOKENS, gumbel
 from kernels.sampling import Penalties, TokenDraw
 
 BEST = CpuBackend(threads=1)
 MACHINES = [(BEST.isa, 1), (BEST.isa, 2), (BEST.isa, 3), *((isa, 2) for isa in InstructionSet if isa < BEST.isa)]
 VOCAB_SIZES = (1, 2, 63, 64, 65, 97, 256, 257, 5003)
-TILE = 256
 
 
 @pytest.fixture(params=MACHINES, ids=lambda pair: f"{pair[0].name.lower()}-{pair[1]}")
@@ -110,8 +109,8 @@ def test_what_is_skipped_could_not_have_won(width: float) -> None:
         assert int(BEST.sample(logits, [draw])) == int(((logits - logits.max()).numpy()[0] + noise).argmax())
 
 
-def test_draws_follow_the_softmax_over_a_vocabulary_of_several_tiles() -> None:
-    logits = make_logits(1, 3 * TILE + 5, seed=13, width=1.5)
+def test_draws_follow_the_softmax_over_a_vocabulary_of_several_groups() -> None:
+    logits = make_logits(1, 12 * GROUP_TOKENS + 5, seed=13, width=1.5)
     count = 20_000
     drawn = BEST.sample(logits, [TokenDraw(0, 0.8, seed=14, output_index=i) for i in range(count)]).numpy()
     expected = (logits[0].double() / 0.8).softmax(-1).numpy() * count
@@ -144,6 +143,45 @@ def test_filters_of_every_size_keep_what_the_specification_keeps(top_k: int, top
     logits = make_logits(2, 5000, seed=15)
     draws = [TokenDraw(i % 2, 1.5, top_k=top_k, top_p=top_p, seed=i) for i in range(50)]
     assert torch.equal(BEST.sample(logits, draws), sampling.sample(logits, draws))
+
+
+@pytest.mark.parametrize("top_p", [0.25, 0.5, 0.75])
+def test_a_nucleus_ends_at_the_very_token_that_reaches_the_share(backend: CpuBackend, top_p: float) -> None:
+    # Equal weights: their sums are exact, and a hundredth too many or too few would move the end by several tokens.
+    draws = [TokenDraw(0, 1.0, top_p=top_p, seed=2, output_index=i) for i in range(4000)]
+    drawn = backend.sample(torch.zeros(1, 1000), draws)
+    assert drawn.max() == 1000 * top_p - 1
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 1 - 1e-9])
+def test_a_share_of_nearly_nothing_or_everything_is_drawn_as_specified(top_p: float) -> None:
+    logits = make_logits(2, 3000, seed=21, width=3.0)
+    draws = [TokenDraw(i % 2, 1.0, top_p=top_p, seed=i) for i in range(60)]
+    assert torch.equal(BEST.sample(logits, draws), sampling.sample(logits, draws))
+
+
+@pytest.mark.parametrize("width", [0.1, 3.0])
+def test_nuclei_of_a_large_vocabulary_are_those_of_the_specification(width: float) -> None:
+    logits = make_logits(2, 140_001, seed=22, width=width)
+    draws = [
+        TokenDraw(i % 2, 1.0, top_k=top_k, top_p=top_p, seed=i)
+        for i, (top_k, top_p) in enumerate(product([0, 100_000], [0.3, 0.5, 0.9, 0.99]))
+    ]
+    assert torch.equal(BEST.sample(logits, draws), sampling.sample(logits, draws))
+
+
+def test_penalties_and_bans_reach_the_first_and_the_last_token_of_every_group() -> None:
+    # Only what is changed differs: were one left out, or another one hit, it would be drawn.
+    vocab_size = 5 * GROUP_TOKENS + 7
+    logits = torch.zeros(1, vocab_size)
+    for kept in (0, GROUP_TOKENS - 1, GROUP_TOKENS, 5 * GROUP_TOKENS, vocab_size - 1):
+        others = [token for token in range(vocab_size) if token != kept]
+        frequent = Penalties(1.0, 0.0, 1.0, (), others)
+        present = Penalties(1.0, 1.0, 0.0, (), others[::-1] * 2)
+        for draw in (TokenDraw(0, 0.0, banned=others), *(TokenDraw(0, 0.0, penalties=p) for p in (frequent, present))):
+            assert BEST.sample(logits, [draw]).tolist() == [kept]
+    repeated = Penalties(2.0, 0.0, 0.0, range(1, vocab_size), (1,) * 300)
+    assert BEST.sample(logits + 1, [TokenDraw(0, 0.0, penalties=repeated)]).tolist() == [0]
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e6, 1e38])
