@@ -28,6 +28,7 @@ from staffetta.exits import ExitCode, OperatorError
 
 if TYPE_CHECKING:
     from bench.limits import LimitProbe, Limits
+    from bench.model_costs import ModelCosts
 
 
 _MAX_SEED: Final = 2**31
@@ -122,15 +123,22 @@ def _probe(options: argparse.Namespace) -> "LimitProbe | None":
     return LimitProbe(threads=options.threads)
 
 
+def _costs(options: argparse.Namespace) -> "ModelCosts | None":
+    """What the served model asks of a machine, if it is told; torch is imported for it alone."""
+    if options.model is None:
+        return None
+    from bench.model_costs import ModelCosts
+
+    return ModelCosts.from_directory(options.model)
+
+
 def _print_bars(
-    options: argparse.Namespace, measurement: Measurement, limits: "Sequence[Limits]"
+    names: Sequence[str], costs: "ModelCosts", measurement: Measurement, limits: "Sequence[Limits]"
 ) -> list[dict[str, object]]:
     """The bars of the first server beside the others and the limits; returns them as a result file has them."""
     from bench.bars import bar_fields, bars_table, limit_bars, own_bars, peer_bars
-    from bench.model_costs import ModelCosts
 
-    costs = ModelCosts.from_directory(options.model)
-    ours, *peers = (parse_target(each).name for each in options.servers)
+    ours, *peers = names
     bars = limit_bars(measurement, server=ours, costs=costs, limits=limits)
     bars += own_bars(measurement, server=ours, arithmetic=costs.arithmetic)
     for peer in peers:
@@ -143,9 +151,8 @@ def _run(options: argparse.Namespace) -> None:
     """Measures, prints, and writes a result that names neither hosts nor folders."""
     names = [parse_target(each).name for each in options.servers]
     freezes = parse_freezes(options.freeze, names)
-    turns = Turns(freezes)
+    turns, costs, probe = Turns(freezes), _costs(options), _probe(options)
     settle(freezes.values())
-    probe = _probe(options)
     observer = Observer(tell, probe.again) if probe else Observer(tell)
     measurement = measure_now(options.servers, make_plan(options, _chosen(options)), observer, turns)
     content: dict[str, object] = {"servers": names, "measurement": dataclasses.asdict(measurement)}
@@ -156,8 +163,8 @@ def _run(options: argparse.Namespace) -> None:
         samples = [sample for of_workload in probe.samples.values() for sample in of_workload]
         print(f"\nlimits, between rounds\n\n{limits_table(samples)}")
         content["limits"] = {name: list(map(dataclasses.asdict, found)) for name, found in probe.samples.items()}
-    if options.model:
-        content["bars"] = _print_bars(options, measurement, probe.of_rounds() if probe else ())
+    if costs:
+        content["bars"] = _print_bars(names, costs, measurement, probe.of_rounds() if probe else ())
     if options.output:
         write_result(options.output, content)
 

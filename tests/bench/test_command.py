@@ -145,6 +145,13 @@ def test_every_run_draws_a_seed_of_its_own_unless_it_is_given_one() -> None:
     assert planned("--seed", "7").seed == 7
 
 
+def test_a_model_that_is_not_there_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main(["gone=http://127.0.0.1:1", "--model", str(tmp_path)]) == 1
+    assert "has no config.json" in capsys.readouterr().err
+
+
 def test_the_machine_is_described_without_naming_a_host() -> None:
     machine = describe_machine()
     assert machine.memory_bytes > 2**30
