@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import uvicorn
 
+from gateway.body_writer import BodyWriterProtocol
 from gateway.event_stream import KEEP_ALIVE_S
 from gateway.http import make_app
 from gateway.journey import Journeys
@@ -62,7 +63,7 @@ class Gateway:
         self._http = _HttpServer(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=BodyWriterProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -84,6 +85,7 @@ class Gateway:
             listener.close()
             raise cannot_listen(parse_address(self._config.grpc), error, flag="--grpc") from error
         ready = GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address, grpc_address)
+        self._warn_of_open_doors(ready)
         self._tasks = [
             asyncio.create_task(self._http.serve(sockets=[listener]), name="http"),
             asyncio.create_task(self._report_health(), name="health"),
@@ -128,6 +130,10 @@ class Gateway:
             key_fingerprint=key_fingerprint(self._cluster_key),
             heartbeat_s=self._config.heartbeat_s,
         )
+
+    def _warn_of_open_doors(self, ready: GatewayReady) -> None:
+        warn_if_open("REST", ready.http)
+        warn_if_open("gRPC", ready.grpc)
 
     def _listen(self) -> socket.socket:
         """The listening socket of the REST door. Raises PortError for an address that cannot be bound."""

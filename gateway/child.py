@@ -113,6 +113,9 @@ class ChildGateway(Gateway):
     def _registry(self) -> registry_pb2_grpc.RegistryServiceServicer:
         return ListedRegistry(self.workers)
 
+    def _warn_of_open_doors(self, ready: GatewayReady) -> None:
+        """Nothing: the parent has told, once."""
+
     def _listen(self) -> socket.socket:
         return self._listener
 

@@ -6,7 +6,7 @@ token as for the first. One instance per request; event loop only.
 """
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
 REPLACEMENT: Final = "\N{REPLACEMENT CHARACTER}"
@@ -35,14 +35,25 @@ class ByteDetokenizer:
     character, as it does where all is decoded at once.
     """
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
-        """`bytes_of` gives a token's bytes, none for a token without text."""
+    def __init__(self, bytes_of: Callable[[int], bytes], texts: MutableMapping[int, str]) -> None:
+        """`bytes_of` gives a token's bytes, none for a token without text. `texts` is shared by a model's decoders, and
+        filled by them: the texts of tokens that are whole characters, which most are."""
         self._bytes_of = bytes_of
+        self._texts = texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._has_part = False
+        """Whether the beginning of a character is held back."""
 
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before."""
-        return self._decoder.decode(self._bytes_of(token_id))
+        if not self._has_part and (known := self._texts.get(token_id)) is not None:
+            return known
+        text = self._decoder.decode(self._bytes_of(token_id))
+        held, _ = self._decoder.getstate()
+        if not held and not self._has_part:
+            self._texts[token_id] = text
+        self._has_part = bool(held)
+        return text
 
     def flush(self) -> str:
         """What was held back: the beginning of one character at most."""

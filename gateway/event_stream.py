@@ -12,6 +12,7 @@ from typing import Final
 
 from starlette.types import Message, Send
 
+from gateway.body_writer import BodyWriter
 from gateway.openai_response import DECODE_WORKER
 from gateway.request import Placed
 
@@ -35,8 +36,12 @@ class EventStream:
         *,
         keep_alive_s: float,
         write_timeout_s: float = WRITE_TIMEOUT_S,
+        body: BodyWriter | None = None,
     ) -> None:
+        """`body` writes without waiting, where the server has that."""
         self._send = send
+        self._body = body
+        self._now = asyncio.get_running_loop().time
         self._write_timeout_s = write_timeout_s
         self._headers = {
             "content-type": "text/event-stream; charset=utf-8",
@@ -67,9 +72,20 @@ class EventStream:
         """Sends `data`; waits while the client does not read, for as long as who watches the stream allows."""
         await self._put({"type": "http.response.body", "body": data, "more_body": True})
 
+    def is_open(self) -> bool:
+        """Whether `write_now` may be called: the body has begun, nothing else is being written, its client reads."""
+        return self._body is not None and self._writing_since is None and not self._has_ended and self._body.is_open()
+
+    def write_now(self, data: bytes) -> None:
+        """Sends `data` without waiting. Only while it is open."""
+        if self._body is None:
+            raise LookupError("nothing writes without waiting under this server")
+        self._last_write = self._now()
+        self._body.write(data)
+
     async def _put(self, message: Message) -> None:
         async with self._turn:
-            self._last_write = self._writing_since = asyncio.get_running_loop().time()
+            self._last_write = self._writing_since = self._now()
             try:
                 if not self.has_begun:
                     await self._begin()
@@ -106,7 +122,7 @@ class EventStream:
 
     async def _watch(self, patience: asyncio.Timeout) -> None:
         """Ends `patience` when a write has waited for too long; writes a comment when none came for a while."""
-        now = asyncio.get_running_loop().time
+        now = self._now
         await self._begun.wait()
         while self._writing_since is not None or not self._has_ended:
             if self._writing_since is not None:

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.body_writer import BodyWriter, body_writer_of
 from gateway.event_stream import KEEP_ALIVE_S, ClientGoneError, EventStream
 from gateway.fields import parse_object
 from gateway.http_error import HttpError, error_body, error_response
@@ -81,7 +82,10 @@ class GenerateEndpoint:
             default_max_tokens=parsed.default_max_tokens,
             on_prefill_failure=parsed.on_prefill_failure,
         )
-        answer = self._stream(journey, parsed, send) if parsed.is_stream else self._whole(journey, parsed, send)
+        if parsed.is_stream:
+            answer = self._stream(journey, parsed, send, body_writer_of(scope))
+        else:
+            answer = self._whole(journey, parsed, send)
         try:
             await _unless_client_leaves(answer, receive)
         except ClientGoneError:
@@ -110,34 +114,37 @@ class GenerateEndpoint:
             response = error_response(_logged(error, journey))
         await response({"type": "http"}, _no_more_input, send)
 
-    async def _stream(self, journey: JourneyRequest, parsed: ParsedRequest, send: Send) -> None:
-        stream = EventStream(send, _ignored_header(parsed), keep_alive_s=self._keep_alive_s)
+    async def _stream(
+        self, journey: JourneyRequest, parsed: ParsedRequest, send: Send, body: BodyWriter | None
+    ) -> None:
+        stream = EventStream(send, _ignored_header(parsed), keep_alive_s=self._keep_alive_s, body=body)
         async with stream.watched():
             await self._write_stream(journey, parsed, stream, send)
 
     async def _write_stream(
         self, journey: JourneyRequest, parsed: ParsedRequest, stream: EventStream, send: Send
     ) -> None:
+        sink = _StreamSink(stream)
         try:
             async with (
-                aclosing(self._journeys.run(journey)) as events,
-                aclosing(self._chunks(parsed, events, stream)) as chunks,
+                aclosing(self._journeys.run(journey, sink=sink)) as events,
+                aclosing(self._chunks(parsed, events, stream, sink)) as chunks,
             ):
                 async for chunk in chunks:
-                    await stream.write(b"data: " + chunk + b"\n\n")
+                    await stream.write(_event(chunk))
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer and the log the cause
             logged = _logged(error, journey)
             if not stream.has_begun:
                 await error_response(logged)({"type": "http"}, _no_more_input, send)
                 return
             # No [DONE] after it: what came before is not a whole answer.
-            await stream.write(b"data: " + to_json(error_body(logged)) + b"\n\n")
+            await stream.write(_event(to_json(error_body(logged))))
         else:
             await stream.write(_DONE)
         await stream.end()
 
     async def _chunks(
-        self, parsed: ParsedRequest, events: AsyncIterator[Event], stream: EventStream
+        self, parsed: ParsedRequest, events: AsyncIterator[Event], stream: EventStream, sink: "_StreamSink"
     ) -> AsyncGenerator[bytes, None]:
         """The events as encoded chunks; the opening ones wait for the first output: a refusal can be an HTTP error."""
         shape = await self._open(parsed, events)
@@ -149,6 +156,7 @@ class GenerateEndpoint:
                 opening = shape.opening()
                 while (chunk := await self._made(parsed, partial(_next_json, opening))) is not None:
                     yield chunk
+                sink.begin(shape)
             match event:
                 case Placed():
                     shape.place(event)
@@ -174,6 +182,32 @@ class GenerateEndpoint:
         if not isinstance(started, Started):
             raise InternalError(f"a journey began with {type(started).__name__}")
         return self._make_shape(parsed, started, self._journeys.model.text, created=int(time.time()))
+
+
+class _StreamSink:
+    """Writes text to a stream whose opening is written, where its answer shows nothing but text."""
+
+    def __init__(self, stream: EventStream) -> None:
+        self._stream = stream
+        self._encode: Callable[[int, str], bytes] | None = None
+
+    def begin(self, shape: Shape) -> None:
+        """The opening is on its way; what comes after it may be put here."""
+        self._encode = shape.text if shape.is_text_only else None
+
+    def is_open(self) -> bool:
+        """Whether it takes text now."""
+        return self._encode is not None and self._stream.is_open()
+
+    def put(self, choice_index: int, text: str) -> None:
+        """Writes text. Only while it is open."""
+        if self._encode is None:
+            raise LookupError("the answer has no opening yet")
+        self._stream.write_now(_event(self._encode(choice_index, text)))
+
+
+def _event(chunk: bytes) -> bytes:
+    return b"data: %b\n\n" % chunk
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

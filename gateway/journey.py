@@ -28,7 +28,7 @@ from gateway.model import Model
 from gateway.prepare import Prepared, detokenize, prepare, sampling_within, tokenize
 from gateway.progress import Progress
 from gateway.relay import Relay
-from gateway.request import Event, JourneyRequest, Placed, Prompt, Started, new_request_id
+from gateway.request import Event, JourneyRequest, Placed, Prompt, Started, TextSink, new_request_id
 from gateway.router import Demand, Refusal, choose
 from gateway.session import RequestStream
 from gateway.workers import Workers
@@ -106,8 +106,9 @@ class Journeys:
         with self.admission.held():
             return await self.in_thread(partial(detokenize, token_ids, self.model))
 
-    async def run(self, request: JourneyRequest) -> AsyncGenerator[Event, None]:
-        """The request's events: Started, Placed, PromptLogprobs, Deltas, and Finished for every choice.
+    async def run(self, request: JourneyRequest, *, sink: TextSink | None = None) -> AsyncGenerator[Event, None]:
+        """The request's events: Started, Placed, PromptLogprobs, Deltas, and Finished for every choice. While `sink` is
+        open, text goes there instead of into Deltas.
 
         Raises StaffettaError; who iterates closes it.
         """
@@ -134,6 +135,7 @@ class Journeys:
                         text=self.model.text,
                         metrics=self._metrics,
                         credit_tokens=self._config.credit_tokens,
+                        sink=sink,
                     )
                     async with aclosing(relay.events()) as events:
                         async for event in events:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import uvloop
 
-from gateway.app import Gateway, GatewayReady, warn_if_open
+from gateway.app import Gateway, GatewayReady
 from gateway.model import load_model
 from gateway.parent import Parent
 from staffetta.config.schema import GatewayConfig
@@ -51,12 +51,9 @@ async def _serve(config: GatewayConfig, on_ready: Callable[[GatewayReady], None]
     model = load_model(config)
 
     def tell(ready: GatewayReady) -> None:
-        warn_if_open("REST", ready.http)
-        warn_if_open("gRPC", ready.grpc)
         if config.workers == 1:
             log.info("model %s, REST on http://%s, gRPC on %s", model.name, ready.http, ready.grpc)
         else:
-            warn_if_open("registry's", ready.registry)
             log.info(
                 "model %s, REST on http://%s, gRPC on %s, registry on %s, %d processes",
                 *(model.name, *ready, config.workers),

@@ -38,6 +38,8 @@ class Shape(ABC):
         self._prompt_tokens: list[common_pb2.Token] = []
         self._has_token_news = self._has_logprobs or parsed.has_token_ids
         self._text_chunks = TextChunks(lambda index, text: self._chunk(self._delta_choice(Delta(index, text, ()))))
+        self.text: Final = self._text_chunks.encode
+        """The chunk for new text of a choice, encoded, where that is all there is to show."""
 
     def place(self, placed: Placed) -> None:
         """Takes what names the worker's arithmetic: while it is the same, a seed repeats an answer to the bit."""
@@ -62,6 +64,11 @@ class Shape(ABC):
         if self._has_token_news and delta.tokens:
             return to_json(self._chunk(self._delta_choice(delta)))
         return self._text_chunks.encode(delta.choice_index, delta.text) if delta.text else None
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether new output is shown by its text and by nothing else."""
+        return self._parsed.has_output and not self._has_token_news
 
     def finish(self, finished: Finished) -> Json:
         """The chunk that ends a choice, with what this server tells beyond the API."""

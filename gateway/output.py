@@ -78,6 +78,12 @@ class Output:
                 text += self._scan(self._detokenizer.push(token.token_id))
         return Delta(self._choice_index, text, tuple(taken))
 
+    def push(self, token_id: int) -> str:
+        """The text that is certain by the next token, of a choice without stop strings."""
+        self.num_tokens += 1
+        self._last_token_id = token_id
+        return "" if token_id in self._stop_token_ids else self._detokenizer.push(token_id)
+
     def flush(self) -> str:
         """The text that was held back, once no token follows."""
         if self.stop_string is not None:

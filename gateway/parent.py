@@ -17,7 +17,7 @@ import socket
 from dataclasses import replace
 from typing import Final
 
-from gateway.app import GatewayReady
+from gateway.app import GatewayReady, warn_if_open
 from gateway.children import Children
 from gateway.membership import Worker
 from gateway.model import Model
@@ -107,6 +107,8 @@ class Parent:
         except BindError as error:
             raise cannot_listen(parse_address(config.registry), error, flag="--registry") from error
         ready = GatewayReady(str(http), str(rpc), registry)
+        for door, address in zip(("REST", "gRPC", "registry's"), ready, strict=True):
+            warn_if_open(door, address)
         self._config = replace(config, http=ready.http, grpc=ready.grpc, registry=ready.registry)
         self._children = Children(
             [self._listen(http) for _ in range(config.workers)],

@@ -29,16 +29,16 @@ class Progress:
         self.numerics_digest = ""
         """That of the worker whose numbers the client has; empty while it has none, and any worker may go on."""
         self.outcome = "abort"
+        self._now = asyncio.get_running_loop().time
         self._last_token_at: dict[int, float] = {}
 
     def tokens_came(self, choice_index: int, num_tokens: int, metrics: Metrics) -> None:
         """Notes output of a choice, and observes the time since what came before it."""
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if self.num_tokens == 0:
             metrics.time_to_first_token.observe(now - self.arrival)
-        if (last := self._last_token_at.get(choice_index)) is not None:
-            for _ in range(num_tokens):
-                metrics.inter_token_latency.observe((now - last) / num_tokens)
+        if num_tokens and (last := self._last_token_at.get(choice_index)) is not None:
+            metrics.inter_token_latency.observe((now - last) / num_tokens, count=num_tokens)
         self.num_tokens += num_tokens
         self._last_token_at[choice_index] = now
 

@@ -9,13 +9,14 @@ else is waited for, before long without one. Never ends the stream: who opened i
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping
+from functools import partial
 from typing import Final
 
 from gateway.metrics import Metrics
 from gateway.output import Output
 from gateway.prepare import Prepared
 from gateway.progress import Progress
-from gateway.request import Delta, Finished, PromptLogprobs
+from gateway.request import Delta, Finished, PromptLogprobs, TextSink
 from gateway.session import RequestStream
 from gateway.text import Text
 from staffetta.errors import DrainingError, InternalError, StaffettaError
@@ -52,6 +53,7 @@ class Relay:
         text: Text,
         metrics: Metrics,
         credit_tokens: int,
+        sink: TextSink | None = None,
     ) -> None:
         self._progress = progress
         self._stream = stream
@@ -62,6 +64,9 @@ class Relay:
             index: _Choice(Output(text, prepared, choice_index=index)) for index in range(prepared.sampling.n)
         }
         self._has_summary = False
+        # Stop strings hold text back and end choices, prompts' scores come first: neither is a matter of text alone.
+        if sink is not None and not prepared.stop and not self._scores_prompt:
+            stream.take_at_once(partial(self._take, sink))
 
     async def events(self) -> AsyncGenerator[PromptLogprobs | Delta | Finished, None]:
         """The attempt's events. Ends with the last choice's Finished, or raises what ended the request."""
@@ -87,7 +92,7 @@ class Relay:
             if has_ended:
                 yield self._finish(event.choice_index, event.finish_reason, event.summary)
             elif not choice.is_cut:
-                self._grant(choice, delta)
+                self._grant(choice, delta.choice_index, len(delta.tokens))
             elif not was_cut:
                 self._stream.cancel(delta.choice_index)
         if self._open:
@@ -96,16 +101,36 @@ class Relay:
                 summary = summaries.get(index, decode_pb2.SequenceSummary())
                 yield self._finish(index, common_pb2.FINISH_REASON_STOP, summary)
 
+    def _take(self, sink: TextSink, event: decode_pb2.SequenceEvent) -> bool:
+        """Takes the next token of a choice to `sink`; False, having done nothing, for whatever else comes.
+
+        Called while `events` waits for news, so that everything before has been taken.
+        """
+        index = event.choice_index
+        choice = self._open.get(index)
+        tokens = event.tokens
+        if choice is None or len(tokens) != 1 or not sink.is_open():
+            return False
+        token = tokens[0]
+        if token.index != choice.output.num_tokens:
+            return False
+        text = choice.output.push(token.token_id)
+        self._progress.tokens_came(index, 1, self._metrics)
+        if text:
+            sink.put(index, text)
+        self._grant(choice, index, 1)
+        return True
+
     def _choice_of(self, event: decode_pb2.SequenceEvent) -> _Choice:
         if (choice := self._open.get(event.choice_index)) is None:
             raise InternalError(f"news came of choice {event.choice_index}, which has ended or was not asked for")
         return choice
 
-    def _grant(self, choice: _Choice, delta: Delta) -> None:
+    def _grant(self, choice: _Choice, index: int, num_tokens: int) -> None:
         """Lets the worker produce as much of a choice as the client has taken; it has, once its event was yielded."""
-        choice.num_ungranted += len(delta.tokens)
+        choice.num_ungranted += num_tokens
         if 2 * choice.num_ungranted >= self._credit_tokens:
-            self._stream.grant(delta.choice_index, choice.num_ungranted)
+            self._stream.grant(index, choice.num_ungranted)
             choice.num_ungranted = 0
 
     def _finish(

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from gateway.template import Message
 from staffetta.v1 import common_pb2
@@ -114,3 +115,13 @@ class Finished:
 
 
 Event = Started | Placed | PromptLogprobs | Delta | Finished
+
+
+class TextSink(Protocol):
+    """Where text may go at once, without an event, by who asks for no more than text. Event loop only."""
+
+    def is_open(self) -> bool:
+        """Whether it takes text now. It does not before the first Delta, and not while its client does not read."""
+
+    def put(self, choice_index: int, text: str) -> None:
+        """Takes what a Delta would have said: all that is new, after every event so far. Only while it is open."""

@@ -5,13 +5,15 @@ however it ends, every request on it ends with WorkerLostError. Event loop only.
 """
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 import grpc.aio
 
 from staffetta import validate
-from staffetta.errors import IncompatiblePeerError, ProtocolError, StaffettaError, WorkerLostError
+from staffetta.errors import IncompatiblePeerError, InternalError, ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.channel import open_channel
 from staffetta.rpc.session import PROTOCOL_VERSION, SessionPipe, prompt_parts
 from staffetta.rpc.status import error_from_failure, error_of_call
@@ -21,6 +23,11 @@ STALLED_HEARTBEATS = 5
 """Heartbeats of an engine that stands still after which other workers are preferred."""
 LOST_HEARTBEATS = 30
 """And after which its requests are not left hanging any longer."""
+EVENTS_AT_ONCE: Final = 32
+"""Of one step: what is written for them leaves before those after them are looked at."""
+
+log = logging.getLogger(__name__)
+
 Pipe = SessionPipe[decode_pb2.DecodeSessionResponse, decode_pb2.DecodeSessionRequest]
 
 
@@ -33,6 +40,7 @@ class RequestStream:
         self._events: deque[decode_pb2.SequenceEvent | StaffettaError] = deque()
         self._arrival: asyncio.Future[None] | None = None
         """What the one reader waits for, or last waited for."""
+        self._take: Callable[[decode_pb2.SequenceEvent], bool] | None = None
         self.num_running = num_choices
         """Choices that the worker has not ended."""
 
@@ -63,6 +71,11 @@ class RequestStream:
             raise error_from_failure(event.failure)
         return event
 
+    def take_at_once(self, take: Callable[[decode_pb2.SequenceEvent], bool]) -> None:
+        """From now on an event that ends nothing, and that the reader waits for, is offered to `take` as it comes;
+        where that returns True, it is done with, and the reader waits on."""
+        self._take = take
+
     def grant(self, choice_index: int, num_tokens: int) -> None:
         """Lets the worker produce `num_tokens` more of a choice."""
         if self.num_running:
@@ -87,6 +100,15 @@ class RequestStream:
             self.num_running = 0
         elif event.finish_reason != common_pb2.FINISH_REASON_UNSPECIFIED:
             self.num_running = max(0, self.num_running - 1)
+        elif self._take is not None and not self._events and self._arrival is not None and not self._arrival.done():
+            # The reader has taken everything and waits.
+            try:
+                if self._take(event):
+                    return
+            except Exception:
+                # One request's failure must not become the session's.
+                log.exception("%s: an event could not be taken", self._request_id)
+                event = InternalError("the request failed here; send it again")
         self._events.append(event)
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
@@ -175,13 +197,19 @@ class DecodeSession:
         while (message := await self._pipe.receive()) is not None:
             kind = message.WhichOneof("message")
             if kind == "step":
-                for event in message.step.events:
-                    if (stream := self._streams.get(event.request_id)) is not None:
-                        stream.put(event)
+                await self._deliver(message.step.events)
             elif kind == "heartbeat":
                 self._watch(message.heartbeat)
             else:
                 raise ProtocolError(f"the worker sent {kind or 'an empty message'} on an open session")
+
+    async def _deliver(self, events: Iterable[decode_pb2.SequenceEvent]) -> None:
+        """Delivers a step's events, letting the event loop write what is there before all of it is."""
+        for number, event in enumerate(events):
+            if number % EVENTS_AT_ONCE == 0 and number > 0:
+                await asyncio.sleep(0)
+            if (stream := self._streams.get(event.request_id)) is not None:
+                stream.put(event)
 
     def lose(self, error: StaffettaError) -> None:
         """Ends every request with `error`."""

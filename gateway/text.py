@@ -31,7 +31,7 @@ class _Occurrence(NamedTuple):
 
 
 class Text:
-    """One model's tokenizer and chat template. Any thread may call: all that changes is a cache of tokens' bytes."""
+    """One model's tokenizer and chat template. Any thread may call: all that changes is what it remembers of tokens."""
 
     def __init__(self, tokenizer_path: Path, template: ChatTemplate | None) -> None:
         """`template` None: the model has no chat. Raises whatever the tokenizer raises for a file that is not one."""
@@ -46,6 +46,7 @@ class Text:
         self._special_pattern = _pattern([token for token in added.values() if token.special])
         self._bytes_of_char = byte_alphabet() if _has_byte_alphabet(self._tokenizer) else None
         self._output_bytes: dict[int, bytes] = {}
+        self._output_texts: dict[int, str] = {}
 
     @property
     def has_chat(self) -> bool:
@@ -85,7 +86,7 @@ class Text:
         """A decoder for one choice's tokens as they come."""
         # This decoder joins the bytes of the tokens and knows nothing of their neighbours; others do.
         if self._bytes_of_char is not None and isinstance(self._tokenizer.decoder, ByteLevel):
-            return ByteDetokenizer(self._bytes_in_output)
+            return ByteDetokenizer(self._bytes_in_output, self._output_texts)
         return WindowDetokenizer(self.decode, self.is_special)
 
     def is_special(self, token_id: int) -> bool:
