@@ -137,9 +137,13 @@ class FakeDecodeWorker(decode_pb2_grpc.DecodeServiceServicer):
         return list(by_pipe.values())
 
     def send(self, event: decode_pb2.SequenceEvent) -> None:
-        pipe = self._pipes.get(event.request_id, self._pipe)
+        self.send_step([event])
+
+    def send_step(self, events: Sequence[decode_pb2.SequenceEvent]) -> None:
+        """Sends events of requests of one session in one message."""
+        pipe = self._pipes.get(events[0].request_id, self._pipe)
         assert pipe is not None
-        pipe.send(decode_pb2.DecodeSessionResponse(step=decode_pb2.StepEvents(events=[event])))
+        pipe.send(decode_pb2.DecodeSessionResponse(step=decode_pb2.StepEvents(events=events)))
 
     async def Session(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         pipe = Pipe(context.read, context.write, heartbeat_s=HEARTBEAT_S)

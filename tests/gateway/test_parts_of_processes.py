@@ -96,8 +96,8 @@ async def test_a_side_that_never_reads_is_told_of(monkeypatch: pytest.MonkeyPatc
         parent.close()
 
 
-@given(data=st.binary(max_size=64), whole=st.lists(st.integers(0, 2**32), max_size=3), cut=st.integers(0, 8))
-@settings(max_examples=200, deadline=None)
+@given(data=st.binary(max_size=64), whole=st.lists(st.integers(0, 2**32), max_size=3), cut=st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
 def test_whatever_bytes_come_they_are_messages_or_an_end_or_a_link_error(
     data: bytes, whole: Sequence[int], cut: int
 ) -> None:

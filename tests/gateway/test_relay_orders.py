@@ -1,7 +1,8 @@
 """The relay under every order in which a worker's news of several choices may come: texts, endings, credit, cancels."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,17 +78,38 @@ class ScriptedSession(DecodeSession):
             stream.put(event)
 
 
-async def relay(session: ScriptedSession, pick: Callable[[Sequence[int]], int], *, num_repeated: int) -> list[object]:
+class Sink:
+    """Takes text at once while `openings`, one after the other, say so; what it took stands among the events."""
+
+    def __init__(self, openings: Iterator[bool]) -> None:
+        self.openings = openings
+        self.events: list[object] = []
+
+    def is_open(self) -> bool:
+        return next(self.openings, False)
+
+    def put(self, choice_index: int, text: str) -> None:
+        self.events.append(Delta(choice_index, text, ()))
+
+
+async def relay(
+    session: ScriptedSession,
+    pick: Callable[[Sequence[int]], int],
+    *,
+    num_repeated: int,
+    sampling: Sampling,
+    sink: Sink,
+) -> list[object]:
     """Every event of the relay, while `pick` says which choice the worker goes on with."""
-    sampling = Sampling(n=len(session.texts), stop=("b",), max_tokens=50, prompt_logprobs=0)
     request = JourneyRequest(id="x", model="", prompt=TextPrompt("one two three"), sampling=sampling, arrival=0.0)
     model = demo_model()
     prepared = prepare(request, model, max_model_len=2048, cluster_key=bytes(16), block_sizes=())
     progress = Progress(request)
     progress.num_prompt_tokens = len(PROMPT)
     stream = session.start(decode_pb2.StartRequest(request_id="x", sampling=prepared.sampling), prepared.token_ids)
-    scores = [make_token(at, PROMPT[at], num_logprobs=0) for at in range(1, len(PROMPT))]
-    session.say(decode_pb2.SequenceEvent(prompt_tokens=scores))
+    if sampling.prompt_logprobs is not None:
+        scores = [make_token(at, PROMPT[at], num_logprobs=0) for at in range(1, len(PROMPT))]
+        session.say(decode_pb2.SequenceEvent(prompt_tokens=scores))
 
     async def play() -> None:
         while session.credit:
@@ -96,11 +118,12 @@ async def relay(session: ScriptedSession, pick: Callable[[Sequence[int]], int], 
             await asyncio.sleep(0)
 
     worker = asyncio.create_task(play())
-    it = Relay(progress, prepared, stream, text=model.text, metrics=Metrics("x"), credit_tokens=CREDIT)
-    events: list[object] = [event async for event in it.events()]
+    it = Relay(progress, prepared, stream, text=model.text, metrics=Metrics("x"), credit_tokens=CREDIT, sink=sink)
+    async for event in it.events():
+        sink.events.append(event)
     stream.close()
     await worker
-    return events
+    return sink.events
 
 
 @settings(deadline=None)
@@ -118,7 +141,10 @@ def test_each_choice_has_its_text_and_one_ending_in_whatever_order_news_come(
     def pick(able: Sequence[int]) -> int:
         return able[next(order, 0) % len(able)]
 
-    events = asyncio.run(asyncio.wait_for(relay(session, pick, num_repeated=num_repeated), TIMEOUT_S))
+    sampling = Sampling(n=len(texts), stop=("b",), max_tokens=50, prompt_logprobs=0)
+    sink = Sink(itertools.repeat(True))  # stop strings and scores are no matter of text alone: it gets nothing
+    work = relay(session, pick, num_repeated=num_repeated, sampling=sampling, sink=sink)
+    events = asyncio.run(asyncio.wait_for(work, TIMEOUT_S))
     assert isinstance(events[0], PromptLogprobs)
     ended: list[int] = []
     text = dict.fromkeys(range(len(texts)), "")
@@ -142,3 +168,37 @@ def test_each_choice_has_its_text_and_one_ending_in_whatever_order_news_come(
         num_taken = len(whole.partition("b")[0])
         assert session.granted.count(choice) <= num_taken // (CREDIT // 2), "more was granted than was taken"
         assert session.num_sent[choice] <= num_taken + 1 + CREDIT
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=4),
+    picks=st.lists(st.integers(0, 3), max_size=60),
+    openings=st.lists(st.booleans(), max_size=60),
+    num_repeated=st.integers(0, 2),
+)
+def test_text_is_the_same_and_in_order_whatever_of_it_goes_out_at_once(
+    texts: list[str], picks: list[int], openings: list[bool], num_repeated: int
+) -> None:
+    session = ScriptedSession(texts)
+    order = iter(picks)
+
+    def pick(able: Sequence[int]) -> int:
+        return able[next(order, 0) % len(able)]
+
+    sink = Sink(iter(openings))
+    work = relay(session, pick, num_repeated=num_repeated, sampling=Sampling(n=len(texts), max_tokens=50), sink=sink)
+    text = [""] * len(texts)
+    ended: list[int] = []
+    for event in asyncio.run(asyncio.wait_for(work, TIMEOUT_S)):
+        assert isinstance(event, Delta | Finished)
+        assert event.choice_index not in ended
+        if isinstance(event, Delta):
+            text[event.choice_index] += event.text
+        else:
+            ended.append(event.choice_index)
+            assert event.usage.completion_tokens == len(texts[event.choice_index])
+    assert text == texts
+    assert sorted(ended) == list(range(len(texts)))
+    for choice, whole in enumerate(texts):
+        assert session.granted.count(choice) == len(whole) // (CREDIT // 2)
