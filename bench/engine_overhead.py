@@ -1,8 +1,9 @@
 """What a step costs besides computing it: `python -m bench.engine_overhead`.
 
-An engine whose runner answers at once goes through its queues with so many streams, and a decode worker's event loop
-turns every output into the message that a gateway gets. Processor time of the one thread that does it, per step, beside
-what a step of a model costs: `--step-ms` names that.
+An engine whose runner only reads memory, as weights are read, goes through its queues with so many streams, and a
+decode worker's event loop turns every output into the message that a gateway gets. Processor time of the one thread
+that does it, per step, beside what a step of a model costs: `--step-ms` names that. `--read-mib 0` leaves the caches
+warm, as no model does, and what is measured is a half of that, with one stream a sixth.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
+
+import numpy as np
 
 from bench.table import format_table
 from decode_svc.active import ActiveRequest, GatewaySession
@@ -40,30 +43,40 @@ class Overhead:
     """From an output to the bytes for the gateway."""
 
 
-class InstantRunner:
-    """The `engine.step.Runner` that computes nothing: every draw is token 1."""
+class ReadingRunner:
+    """The `engine.step.Runner` that computes nothing: every draw is token 1. It reads `num_bytes` in every step."""
+
+    def __init__(self, num_bytes: int = 0) -> None:
+        self._weights = np.ones(num_bytes // 8, dtype=np.int64)
+        self.spent_ns = 0
+        """Processor time of this thread in all steps so far."""
 
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
         """One token for every draw."""
+        began = time.thread_time_ns()
+        self._weights.sum()
+        self.spent_ns += time.thread_time_ns() - began
         return [
             SliceResult() if part.draw is None else SliceResult((SampledToken(part.draw.output_index, 1),))
             for part in slices
         ]
 
 
-def measure_overhead(batch: int, *, num_steps: int) -> Overhead:
-    """Measures steps of `batch` streams that all go on."""
-    engine = _make_engine(batch, num_steps=num_steps + _WARM_UP_STEPS)
+def measure_overhead(batch: int, *, num_steps: int, read_bytes: int = 0) -> Overhead:
+    """Measures steps of `batch` streams that all go on; each reads so many bytes before."""
+    runner = ReadingRunner(read_bytes)
+    engine = _make_engine(runner, batch, num_steps=num_steps + _WARM_UP_STEPS)
     for _ in range(_WARM_UP_STEPS):
         engine.step()
     engine_us: list[float] = []
     message_us: list[float] = []
     encoder = _Encoder(batch)
     for _ in range(num_steps):
+        spent_ns = runner.spent_ns
         output, elapsed_us = _timed(engine.step)
         if output is None or len(output.outputs) != batch:
             raise RuntimeError(f"a step of {batch} streams brought {output}")
-        engine_us.append(elapsed_us)
+        engine_us.append(elapsed_us - (runner.spent_ns - spent_ns) / 1e3)
         _, elapsed_us = _timed(lambda output=output: encoder.encode(output))  # type: ignore[misc]
         message_us.append(elapsed_us)
     return Overhead(batch, statistics.median(engine_us), statistics.median(message_us))
@@ -93,10 +106,10 @@ class _NoPipe:
     """Takes nothing: events are encoded here."""
 
 
-def _make_engine(batch: int, *, num_steps: int) -> Engine:
+def _make_engine(runner: ReadingRunner, batch: int, *, num_steps: int) -> Engine:
     num_blocks = batch * -(-(_PROMPT_TOKENS + num_steps + 1) // _BLOCK_SIZE)
     engine = Engine(
-        InstantRunner(),
+        runner,
         num_blocks=num_blocks,
         hasher=BlockHasher(b"k" * 16, block_size=_BLOCK_SIZE),
         limits=EngineLimits(
@@ -137,12 +150,13 @@ def main(argv: Sequence[str]) -> int:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64], help="streams in a step")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--read-mib", type=int, default=64, help="read in every step: more than the caches hold")
     parser.add_argument("--step-ms", type=float, help="what a model's step takes, to compare with")
     options = parser.parse_args(argv)
     rows = []
     for batch in options.batches:
-        found = measure_overhead(batch, num_steps=options.steps)
+        found = measure_overhead(batch, num_steps=options.steps, read_bytes=options.read_mib * 2**20)
         total_us = found.engine_us + found.message_us
         share = total_us / options.step_ms / 10 if options.step_ms else None
         rows.append([batch, found.engine_us, found.message_us, total_us / batch, share])
