@@ -79,21 +79,32 @@ inline void layer_norm(const Matrix& x, const Matrix& residual, const Matrix& we
 
 // Turns the pairs (a, b) = (x[i], x[i + D / 2]) of a head by their angles: (a cos - b sin, b cos + a sin), each as
 // fma(a, cos, -(b sin)) and fma(b, cos, a sin).
-inline void rotate_head(int32_t dtype, const void* x, const float* cosines, const float* sines, int64_t dim, void* out,
-                        float* row) {
-  const int64_t half = dim / 2, stride = ceil_div(half, kWidth) * kWidth, bytes = element_bytes(dtype);
-  float *a = row, *b = row + stride, *c = row + 2 * stride, *s = row + 3 * stride;
-  widen(dtype, x, half, a);
-  widen(dtype, static_cast<const char*>(x) + half * bytes, half, b);
-  widen<F32>(cosines, half, c);
-  widen<F32>(sines, half, s);
-  for (int64_t i = 0; i < half; i += kWidth) {
-    const Vec left = load(a + i), right = load(b + i), cosine = load(c + i), sine = load(s + i);
-    store(a + i, fma(left, cosine, sub(zero(), mul(right, sine))));
-    store(b + i, fma(right, cosine, mul(left, sine)));
-  }
-  narrow(dtype, a, half, out);
-  narrow(dtype, b, half, static_cast<char*>(out) + half * bytes);
+template <class Type>
+inline void rotate_head(const void* x, const float* cosines, const float* sines, int64_t dim, void* out) {
+  using Element = typename Type::Element;
+  const int64_t half = dim / 2;
+  const auto* from = static_cast<const Element*>(x);
+  auto* to = static_cast<Element*>(out);
+  const auto turn = [](const Element* a, const Element* b, const float* cosines, const float* sines, Element* to_a,
+                       Element* to_b) {
+    const Vec left = Type::load(a), right = Type::load(b), cosine = load(cosines), sine = load(sines);
+    Type::store(to_a, fma(left, cosine, sub(zero(), mul(right, sine))));
+    Type::store(to_b, fma(right, cosine, mul(left, sine)));
+  };
+  int64_t i = 0;
+  for (; i + kWidth <= half; i += kWidth)
+    turn(from + i, from + half + i, cosines + i, sines + i, to + i, to + half + i);
+  if (i == half) return;
+  const int64_t left = half - i;
+  Element pairs[2][kWidth] = {};
+  float angles[2][kWidth] = {};
+  std::memcpy(pairs[0], from + i, left * sizeof(Element));
+  std::memcpy(pairs[1], from + half + i, left * sizeof(Element));
+  std::memcpy(angles[0], cosines + i, left * sizeof(float));
+  std::memcpy(angles[1], sines + i, left * sizeof(float));
+  turn(pairs[0], pairs[1], angles[0], angles[1], pairs[0], pairs[1]);
+  std::memcpy(to + i, pairs[0], left * sizeof(Element));
+  std::memcpy(to + half + i, pairs[1], left * sizeof(Element));
 }
 
 // Rotary embedding of queries into `out`, of keys into their slots; values are copied into theirs. Slot = block x
@@ -102,18 +113,20 @@ inline void rotate_and_write(const RotateArguments& call, const Pages& pages, in
   const int64_t dim = pages.head_dim, bytes = element_bytes(pages.dtype), rows = call.query.rows;
   const int64_t heads = call.query.columns / dim, size = dim * bytes;
   share_loop(threads_for(rows * call.query.columns, threads), rows, [&](int64_t t) {
-    float* row = static_cast<float*>(workspace(Scratch::kPrivate, 4 * (dim / 2 + kWidth) * sizeof(float)));
     const float* cosines = call.cosines + call.positions[t] * (dim / 2);
     const float* sines = call.sines + call.positions[t] * (dim / 2);
     const int64_t slot = call.slots[t], block = slot / pages.block_size, token = slot % pages.block_size;
-    for (int64_t h = 0; h < heads; ++h)
-      rotate_head(pages.dtype, row_of(call.query, t) + h * size, cosines, sines, dim, row_of(call.out, t) + h * size, row);
-    for (int64_t h = 0; h < pages.num_kv_heads; ++h) {
-      const int64_t offset = block * pages.block_stride + h * pages.head_stride + token * pages.token_stride;
-      char* key = static_cast<char*>(pages.data) + offset * bytes;
-      rotate_head(pages.dtype, row_of(call.keys, t) + h * size, cosines, sines, dim, key, row);
-      std::memcpy(key + pages.value_stride * bytes, row_of(call.values, t) + h * size, size);
-    }
+    const int64_t first = block * pages.block_stride + token * pages.token_stride;
+    with_type(pages.dtype, [&](auto type) {
+      using Type = decltype(type);
+      for (int64_t h = 0; h < heads; ++h)
+        rotate_head<Type>(row_of(call.query, t) + h * size, cosines, sines, dim, row_of(call.out, t) + h * size);
+      for (int64_t h = 0; h < pages.num_kv_heads; ++h) {
+        char* key = static_cast<char*>(pages.data) + (first + h * pages.head_stride) * bytes;
+        rotate_head<Type>(row_of(call.keys, t) + h * size, cosines, sines, dim, key);
+        std::memcpy(key + pages.value_stride * bytes, row_of(call.values, t) + h * size, size);
+      }
+    });
   });
 }
 
