@@ -208,6 +208,18 @@ async def test_a_cache_larger_than_a_message_is_told_in_parts(monkeypatch: pytes
 
 
 @asynchronous
+async def test_a_cache_that_the_parent_no_longer_believes_is_forgotten_everywhere() -> None:
+    child = Workers(gateway_id="child", heartbeat_s=1)
+    roster = Roster(tell=lambda message: follow(child, message), is_open_everywhere=lambda worker: False)
+    worker = roster.join(announce(0, 1))
+    load = registry_pb2.WorkerLoad(num_running=2)
+    roster.report(worker, registry_pb2.RegisterRequest(stored_blocks=range(7), load=load))
+    roster.forget_cache(worker)
+    (known,) = child
+    assert (known.cached_blocks, known.load, worker.wants_snapshot) == (set(), load, True)
+
+
+@asynchronous
 async def test_news_of_a_worker_that_a_child_never_heard_of_are_none() -> None:
     child = Workers(gateway_id="child", heartbeat_s=1)
     follow(child, gateway_pb2.ParentMessage(left="prefill-9"))

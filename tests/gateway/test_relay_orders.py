@@ -97,10 +97,12 @@ async def relay(
     pick: Callable[[Sequence[int]], int],
     *,
     num_repeated: int,
+    num_at_once: int,
     sampling: Sampling,
     sink: Sink,
 ) -> list[object]:
-    """Every event of the relay, while `pick` says which choice the worker goes on with."""
+    """Every event of the relay, while `pick` says which choice the worker goes on with, `num_at_once` times before
+    anybody else has a turn."""
     request = JourneyRequest(id="x", model="", prompt=TextPrompt("one two three"), sampling=sampling, arrival=0.0)
     model = demo_model()
     prepared = prepare(request, model, max_model_len=2048, cluster_key=bytes(16), block_sizes=())
@@ -113,8 +115,9 @@ async def relay(
 
     async def play() -> None:
         while session.credit:
-            if able := [choice for choice in session.credit if session.can_advance(choice)]:
-                session.advance(pick(able), num_repeated=num_repeated)
+            for _ in range(num_at_once):
+                if able := [choice for choice in session.credit if session.can_advance(choice)]:
+                    session.advance(pick(able), num_repeated=num_repeated)
             await asyncio.sleep(0)
 
     worker = asyncio.create_task(play())
@@ -131,9 +134,10 @@ async def relay(
     texts=st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=4),
     picks=st.lists(st.integers(0, 3), max_size=60),
     num_repeated=st.integers(0, 2),
+    num_at_once=st.integers(1, 3),
 )
 def test_each_choice_has_its_text_and_one_ending_in_whatever_order_news_come(
-    texts: list[str], picks: list[int], num_repeated: int
+    texts: list[str], picks: list[int], num_repeated: int, num_at_once: int
 ) -> None:
     session = ScriptedSession(texts)
     order = iter(picks)
@@ -143,7 +147,7 @@ def test_each_choice_has_its_text_and_one_ending_in_whatever_order_news_come(
 
     sampling = Sampling(n=len(texts), stop=("b",), max_tokens=50, prompt_logprobs=0)
     sink = Sink(itertools.repeat(True))  # stop strings and scores are no matter of text alone: it gets nothing
-    work = relay(session, pick, num_repeated=num_repeated, sampling=sampling, sink=sink)
+    work = relay(session, pick, num_repeated=num_repeated, num_at_once=num_at_once, sampling=sampling, sink=sink)
     events = asyncio.run(asyncio.wait_for(work, TIMEOUT_S))
     assert isinstance(events[0], PromptLogprobs)
     ended: list[int] = []
@@ -176,9 +180,10 @@ def test_each_choice_has_its_text_and_one_ending_in_whatever_order_news_come(
     picks=st.lists(st.integers(0, 3), max_size=60),
     openings=st.lists(st.booleans(), max_size=60),
     num_repeated=st.integers(0, 2),
+    num_at_once=st.integers(1, 3),
 )
 def test_text_is_the_same_and_in_order_whatever_of_it_goes_out_at_once(
-    texts: list[str], picks: list[int], openings: list[bool], num_repeated: int
+    texts: list[str], picks: list[int], openings: list[bool], num_repeated: int, num_at_once: int
 ) -> None:
     session = ScriptedSession(texts)
     order = iter(picks)
@@ -187,7 +192,8 @@ def test_text_is_the_same_and_in_order_whatever_of_it_goes_out_at_once(
         return able[next(order, 0) % len(able)]
 
     sink = Sink(iter(openings))
-    work = relay(session, pick, num_repeated=num_repeated, sampling=Sampling(n=len(texts), max_tokens=50), sink=sink)
+    sampling = Sampling(n=len(texts), max_tokens=50)
+    work = relay(session, pick, num_repeated=num_repeated, num_at_once=num_at_once, sampling=sampling, sink=sink)
     text = [""] * len(texts)
     ended: list[int] = []
     for event in asyncio.run(asyncio.wait_for(work, TIMEOUT_S)):
@@ -201,4 +207,4 @@ def test_text_is_the_same_and_in_order_whatever_of_it_goes_out_at_once(
     assert text == texts
     assert sorted(ended) == list(range(len(texts)))
     for choice, whole in enumerate(texts):
-        assert session.granted.count(choice) == len(whole) // (CREDIT // 2)
+        assert session.granted.count(choice) <= len(whole) // (CREDIT // 2), "more was granted than was taken"
