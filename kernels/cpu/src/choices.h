@@ -159,7 +159,8 @@ inline float kth_maximum(const Row& row, int64_t k, float* ranked) {
 
 inline int64_t count_from(const Row& row, float lowest) {
   int64_t count = 0;
-  each_group_from(row, lowest, [&](int64_t, const float* x) { count += __builtin_popcountll(entries_from(lowest, x)); });
+  each_group_from(row, lowest,
+                  [&](int64_t, const float* x) { count += __builtin_popcountll(entries_from(lowest, x)); });
   return count;
 }
 

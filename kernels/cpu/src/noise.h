@@ -1,10 +1,10 @@
 // Philox4x32-10 and the Gumbel noise made of it: a token's noise is a function of seed, token, position and choice.
 // Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 3.3 and table 2.
 //
-// Noise is -ln of an exponential variate. One number says what the least is of the variates of a group of 64 tokens, and
-// thereby bounds their noise from above; where that bound could win, a number of each token says what it has more. Both
-// are looked at in two steps: words of 64 at a time bound them, only where the bound could win they are computed, from a
-// word more and in double precision. `kernels/philox.py` says why that is Gumbel noise.
+// Noise is -ln of an exponential variate. One number says what the least is of the variates of a group of 64 tokens,
+// and thereby bounds their noise from above; where that bound could win, a number of each token says what it has more.
+// Both are looked at in two steps: words of 64 at a time bound them, only where the bound could win they are computed,
+// from a word more and in double precision. `kernels/philox.py` says why that is Gumbel noise.
 #pragma once
 #include "numeric.h"
 

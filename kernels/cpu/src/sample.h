@@ -76,7 +76,8 @@ class ExactWeights {
     istore(low, low_);
     istore(high, high_);
     uint64_t sum = 0;
-    for (int i = 0; i < kWidth; ++i) sum += (uint64_t{high[i]} << 16) + static_cast<uint32_t>(low[i] - (high[i] << 16));
+    for (int i = 0; i < kWidth; ++i)
+      sum += (uint64_t{high[i]} << 16) + static_cast<uint32_t>(low[i] - (high[i] << 16));
     return static_cast<double>(sum);
   }
 
@@ -84,8 +85,8 @@ class ExactWeights {
   IVec low_ = izero(), high_ = izero();
 };
 
-// The same in units of 2^30, within kRoughness, for a quarter of the work. The bits of a float are its logarithm, roughly:
-// 2^23 (127 + t), taken as bits, is a float between 2^t and 1.0615 x 2^t. Schraudolph 1999, "A Fast, Compact
+// The same in units of 2^30, within kRoughness, for a quarter of the work. The bits of a float are its logarithm,
+// roughly: 2^23 (127 + t), taken as bits, is a float between 2^t and 1.0615 x 2^t. Schraudolph 1999, "A Fast, Compact
 // Approximation of the Exponential Function".
 class RoughWeights {
  public:
@@ -155,8 +156,8 @@ inline Masses weigh(const Row& row, const Cut& wider, const Cut& cut) {
   return masses;
 }
 
-// Whether the tokens that `cut` keeps weigh the share p of all that `all` keeps, or more; rest: what, roughly, the others
-// of these weigh.
+// Whether the tokens that `cut` keeps weigh the share p of all that `all` keeps, or more. kept, rest: what these and the
+// others weigh roughly.
 inline bool reaches(const Row& row, double p, const Cut& all, const Cut& cut, double kept, double rest) {
   const double unit = static_cast<double>(row.n) / kWeightOf1;  // more than is lost by rounding to whole weights
   constexpr double kLess = 1 / RoughWeights::kRoughness, kMore = 1.001;
@@ -170,7 +171,8 @@ inline bool reaches(const Row& row, double p, const Cut& all, const Cut& cut, do
 class Contest {
  public:
   // bounds: one for each group, padded to a multiple of 64.
-  Contest(const Row& row, const Draw& draw, float* bounds) : row_(row), draw_(draw), noise_bound_(draw), bounds_(bounds) {
+  Contest(const Row& row, const Draw& draw, float* bounds)
+      : row_(row), draw_(draw), noise_bound_(draw), bounds_(bounds) {
     for (int64_t group = 0; group < row.num_groups(); group += kLanes) {
       Vec noise[kLaneVecs];
       noise_bound_(group, kOfGroups, noise);
@@ -276,7 +278,7 @@ inline int64_t draw_token(const float* logits, int64_t n, const Draw& draw, cons
   return draw.top_p < 1.0 ? draw_from_nucleus(row, cut, draw.top_p, contest) : contest.winner(cut);
 }
 
-// Draws tokens[d] as draws[d] says. Bytes: 4 draws vocabulary, from memory; where top-p filters, its weights' exp bounds it.
+// Draws tokens[d] as draws[d] says. Bytes: 4 draws vocabulary, from memory, which bound all but top-p.
 inline void sample(const Matrix& logits, const Draw* draws, int64_t num_draws, const int64_t* token_ids,
                    int64_t* tokens, int threads) {
   share_turns(threads_for(num_draws * logits.columns, threads), num_draws, [&](Turns& turns) {

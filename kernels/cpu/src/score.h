@@ -36,7 +36,8 @@ inline void score_row(const ScoreArguments& call, int64_t item, int threads) {
   }
   const Row row{scratch.groups, scratch.maxima, n, largest_of(scratch.maxima, ceil_div(n, kGroupTokens)), 1.0f};
   const int64_t ahead = least(item + threads, call.num_rows - 1);
-  const float logarithm = log_of_sum(row, reinterpret_cast<const float*>(row_of(call.logits, call.rows[ahead])), threads);
+  const auto* next = reinterpret_cast<const float*>(row_of(call.logits, call.rows[ahead]));
+  const float logarithm = log_of_sum(row, next, threads);
   const auto logprob = [&](float x) { return x - row.largest - logarithm; };
   call.logprobs[item] = logprob(z[call.targets[item]]);
   if (k == 0) return;
