@@ -156,8 +156,8 @@ inline Masses weigh(const Row& row, const Cut& wider, const Cut& cut) {
   return masses;
 }
 
-// Whether the tokens that `cut` keeps weigh the share p of all that `all` keeps, or more. kept, rest: what these and the
-// others weigh roughly.
+// Whether the tokens that `cut` keeps weigh the share p of all that `all` keeps, or more. kept, rest: what these and
+// the others weigh roughly.
 inline bool reaches(const Row& row, double p, const Cut& all, const Cut& cut, double kept, double rest) {
   const double unit = static_cast<double>(row.n) / kWeightOf1;  // more than is lost by rounding to whole weights
   constexpr double kLess = 1 / RoughWeights::kRoughness, kMore = 1.001;
@@ -247,8 +247,8 @@ class Contest {
 };
 
 // The winner of those that `all` and the nucleus of the share p keep. Who wins among all has won, if what comes before
-// it weighs less than that share; else the nucleus ends before it, and the others go on. A winner is drawn by weight, so
-// what comes before it halves each time, on average.
+// it weighs less than that share; else the nucleus ends before it, and the others go on. A winner is drawn by weight,
+// so what comes before it halves each time, on average.
 inline int64_t draw_from_nucleus(const Row& row, const Cut& all, double p, Contest& contest) {
   double rest = 0;
   for (Cut cut = all;;) {
