@@ -323,7 +323,7 @@ class ReferenceBackend:
     """This module's functions as a `Backend`. The arithmetic is torch's: its version is part of the instruction set."""
 
     name = "cpu (reference)"
-    abi_version = 4
+    abi_version = 5
     packing = None
 
     @property

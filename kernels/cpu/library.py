@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.backend import BackendUnavailableError
 from kernels.cpu import LIBRARY_PATH
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 MAX_GROUP = 96
 """Query heads that may share a KV head."""
 MAX_RESULTS = 2

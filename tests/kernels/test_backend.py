@@ -13,13 +13,13 @@ def test_cpu_is_computed_by_the_compiled_kernels() -> None:
     backend = select("cpu")
     assert backend.name == f"cpu ({backend.instruction_set})"
     assert backend.instruction_set in ("scalar", "avx2", "avx512", "avx512bf16")
-    assert backend.abi_version == 4
+    assert backend.abi_version == 5
 
 
 def test_the_reference_is_chosen_by_its_name() -> None:
     backend = select("cpu-reference")
     assert backend.name == "cpu (reference)"
-    assert backend.abi_version == 4
+    assert backend.abi_version == 5
     assert re.fullmatch(r"[a-z0-9_]+( [a-z0-9_]+)*-torch\d+\.\d+", backend.instruction_set)
 
 

@@ -147,10 +147,11 @@ def test_decode_prefill_and_every_chunk_size_attend_alike(
 @pytest.mark.parametrize(
     ("window", "soft_cap"), [(1, None), (50, None), (64, None), (100, 5.0), (None, 5.0), (9999, None)], ids=str
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_windows_and_soft_caps_attend_alike(
-    backend: CpuBackend, alone: CpuBackend, window: int | None, soft_cap: float | None
+    backend: CpuBackend, alone: CpuBackend, dtype: torch.dtype, window: int | None, soft_cap: float | None
 ) -> None:
-    context = Context(203, dim=40, dtype=torch.float32, kv_heads=1)
+    context = Context(203, dim=40, dtype=dtype, kv_heads=1)
     expected = context.decode(alone, window=window, soft_cap=soft_cap)
     for size in (203, 130, 64, 17):
         for start in range(0, context.length, size):
@@ -159,6 +160,21 @@ def test_windows_and_soft_caps_attend_alike(
             assert_rows_equal(actual, expected[start:end], f"chunk [{start}, {end})")
     if window == 9999:
         assert_rows_equal(context.attend(backend, 0, 203), expected, "a window over everything is none")
+
+
+@pytest.mark.parametrize("block_size", [5, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_a_row_does_not_see_cannot_reach_it(backend: CpuBackend, dtype: torch.dtype, block_size: int) -> None:
+    # Positions are used in pairs: a row that sees one of a pair must not be reached by the other, even if it is NaN.
+    for position in (64, 101):
+        context = Context(150, dim=32, block_size=block_size, dtype=dtype)
+        expected = {window: context.attend(backend, 0, 150, window=window) for window in (None, 21)}
+        context.pages[context.table[position // block_size], :, 1, :, position % block_size] = torch.nan
+        for window, end in ((None, 150), (21, position + 21)):
+            actual = context.attend(backend, 0, 150, window=window)
+            assert_rows_equal(actual[:position], expected[window][:position], f"before {position}")
+            assert actual[position:end].isnan().all()
+            assert_rows_equal(actual[end:], expected[window][end:], f"a window after {position}")
 
 
 @pytest.mark.parametrize("dim", [16, 32, 80, 128])

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 // Grows when the bits of any result may have changed.
-#define STAFFETTA_ABI_VERSION 4
+#define STAFFETTA_ABI_VERSION 5
 
 enum InstructionSet : int32_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 // int8 is for weights alone.

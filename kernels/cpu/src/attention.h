@@ -6,11 +6,12 @@
 //
 // Order, per query row and nothing else's business: keys in tiles of 64 aligned to position 0. A product of query and
 // key is one chain over head_dim ascending; of bfloat16, over its pairs ascending, the later of a pair first. A tile's
-// maximum and sum are trees of 64 lanes, with -inf and 0 at what is not visible; its weighted values are one chain over
-// visible keys ascending, carried on from tile to tile (online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867,
-// algorithm 3; tiled as in Dao 2023, arXiv 2307.08691, algorithm 1). Every 1,024 keys a split begins anew; splits are
-// joined left to right, and a split without a visible key does not take part. So a row has the same bits as decode, in
-// any chunk, and whoever computes it with it.
+// maximum and sum are trees of 64 lanes, with -inf and 0 at what is not visible; its weighted values are one chain
+// over visible keys ascending, carried on from tile to tile (online softmax: Milakov and Gimelshein 2018, arXiv
+// 1805.02867, algorithm 3; tiled as in Dao 2023, arXiv 2307.08691, algorithm 1). Weights of bfloat16 values are rounded
+// to that type before they are summed and used, and go in pairs of positions (2 i, 2 i + 1), the later first. Every
+// 1,024 keys a split begins anew; splits are joined left to right, and a split without a visible key does not take
+// part. So a row has the same bits as decode, in any chunk, and whoever computes it with it.
 //
 // Bytes: 2 b KVH D per context token and block of query rows, which bound decode. FLOPs: 4 H D per query and visible
 // key, which bound prefill. Beyond a sequence's context only the rest of its last 16 keys is read, and not used.

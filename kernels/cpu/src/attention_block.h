@@ -9,7 +9,7 @@
 namespace STAFFETTA_ISA {
 
 constexpr int64_t kSplitTiles = 16;
-constexpr int64_t kBlockRows = kMaxGroup;  // query rows (tokens x heads of one KV head) that share a turned tile
+constexpr int64_t kBlockRows = 2 * kMaxGroup;  // query rows (tokens x heads of one KV head) that share a turned tile
 
 // Running softmax of a block of rows: maximum and sum per row, weighted values [rows][padded head_dim].
 struct Running {
@@ -122,10 +122,16 @@ void stage_stripes(const RowBlock& block, int64_t tile, int64_t offset, float* s
   }
 }
 
+// What is fetched while a tile is computed with: its values, the next tile's keys.
+struct Fetched {
+  Fetcher values, keys;
+};
+
 // A strip of a block against a tile whose keys are turned. Type is that of the tile's rows.
 template <class Type, int kRows>
-void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const TileRows& rows, const TileRows& next,
+void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const TileRows& rows, Fetched& fetched,
                   Tiles& tiles) {
+  constexpr int64_t kKeys = ValuesOf<Type>::kKeys;
   const int64_t dim = block.padded_dim;
   int64_t lo[kRows], hi[kRows];
   for (int r = 0; r < kRows; ++r) {
@@ -133,33 +139,43 @@ void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const Tile
     hi[r] = least(kTile, block.position(begin + r) + 1 - tile * kTile);
   }
   if (hi[kRows - 1] <= 0 || lo[0] >= kTile) return;
-  float *weights = tiles.weights, *values = tiles.split.values + begin * dim;
-  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, dim, tiles.keys, block.pages.head_dim, weights);
+  const Running& state = tiles.split;
+  float *weights = tiles.weights, *values = state.values + begin * dim;
+  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, dim, tiles.keys, block.pages.head_dim, weights,
+                               fetched.values);
   float largest[kRows];
-  for (int r = 0; r < kRows; ++r)
-    if (lo[r] < hi[r]) largest[r] = mask(weights + r * kTile, lo[r], hi[r], {block.call.scale, block.call.soft_cap});
-  for (int r = 0; r < kRows; ++r)
-    if (lo[r] < hi[r])
-      soften(weights + r * kTile, largest[r],
-             {tiles.split.maximum[begin + r], tiles.split.sum[begin + r], values + r * dim}, dim);
-  // Rows go together over the keys that all of them see, each by itself before and after.
-  const auto weigh_alone = [&](int r, int64_t from, int64_t to) {
-    if (from < to) weigh<Type, 1>(weights + r * kTile, rows, next, from, to, values + r * dim, dim);
+  SumStep steps[kRows];
+  const auto each_seeing_row = [&](auto f) {
+    for (int r = 0; r < kRows; ++r)
+      if (lo[r] < hi[r]) f(r, weights + r * kTile);
   };
-  const int64_t all_lo = lo[kRows - 1], all_hi = most(hi[0], all_lo);
+  each_seeing_row([&](int r, float* row) {
+    largest[r] = finish_scores(row, lo[r], hi[r], block.call.scale, block.call.soft_cap);
+  });
+  each_seeing_row([&](int r, float* row) {
+    steps[r] = soften<ValuesOf<Type>>(row, largest[r], state.maximum[begin + r], values + r * dim, dim);
+  });
+  each_seeing_row([&](int r, float*) { state.sum[begin + r] = steps[r].after(state.sum[begin + r]); });
+  // Rows go together over the steps whose keys all of them see, each by itself before and after.
+  const auto weigh_alone = [&](int r, int64_t from, int64_t to) {
+    if (from < to) weigh<Type, 1>(weights + r * kTile, rows, fetched.keys, from, to, values + r * dim, dim);
+  };
+  const int64_t all_lo = ceil_div(lo[kRows - 1], kKeys) * kKeys, all_hi = most(hi[0] / kKeys * kKeys, all_lo);
   for (int r = 0; r < kRows; ++r) weigh_alone(r, lo[r], least(all_lo, hi[r]));
-  if (all_lo < all_hi) weigh<Type, kRows>(weights, rows, next, all_lo, all_hi, values, dim);
+  if (all_lo < all_hi) weigh<Type, kRows>(weights, rows, fetched.keys, all_lo, all_hi, values, dim);
   for (int r = 0; r < kRows; ++r) weigh_alone(r, all_hi, hi[r]);
 }
 
 // A block against a tile. `next` is what the thread turns to afterwards.
 template <class Type>
 void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
-  turn_keys(rows, most(block.padded_dim * KeysOf<Type>::kBytes, kLine), tiles.keys);
+  const int64_t bytes = most(block.padded_dim * KeysOf<Type>::kBytes, kLine);
+  Fetched fetched{{rows.values, rows.value_bytes, bytes}, {next.keys, next.key_bytes, bytes}};
+  turn_keys(rows, bytes, tiles.keys, fetched.values);
   for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
     const int64_t begin = block.strip_begin(strip);
     with_rows<kAttentionRows>(block.strip_begin(strip + 1) - begin, [&](auto count) {
-      attend_strip<Type, decltype(count)::value>(block, begin, tile, rows, strip == 0 ? next : rows, tiles);
+      attend_strip<Type, decltype(count)::value>(block, begin, tile, rows, fetched, tiles);
     });
   }
 }

@@ -45,7 +45,7 @@ inline char* row_of(const Matrix& m, int64_t row) {
   return static_cast<char*>(m.data) + row * m.row_stride * element_bytes(m.dtype);
 }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Widens n elements. A tail goes through the same vector code.

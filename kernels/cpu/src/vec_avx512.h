@@ -108,6 +108,20 @@ inline IVec low_nibbles_bf16(IVec x) {
       static_cast<int16_t>(0xc000), static_cast<int16_t>(0xbf80)));  // -8 to -1
   return _mm512_permutexvar_epi16(x, numbers);
 }
+// Sixteen bfloat16 of each, as pairs: the earlier in the low halves.
+inline IVec interleave(const char* early, const char* late) {
+  const IVec halves = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                                        0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
+  return _mm512_permutex2var_epi16(
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(early))), halves,
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(late))));
+}
+// Stores x as store_bf16 does and returns what it became; subnormals are 0.
+inline Vec store_rounded(uint16_t* p, Vec x) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+}
 // sum + high x high, rounded, + low x low, rounded; bfloat16 pairs, subnormals are 0.
 inline Vec dot2(Vec sum, IVec a, IVec b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));

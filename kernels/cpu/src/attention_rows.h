@@ -1,0 +1,55 @@
+// Where the keys and values of a tile lie, and how they are brought near before they are needed.
+#pragma once
+#include <cstddef>
+
+#include "numeric.h"
+
+namespace STAFFETTA_ISA {
+
+constexpr int kTile = kLanes;
+constexpr int kStripe = 16;  // keys that lie evenly spaced
+constexpr int kStripes = kTile / kStripe;
+constexpr int kLine = 64;    // bytes that are fetched together
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// Where the keys and values of a tile lie; rows of a stripe are key_bytes and value_bytes apart. The first `stripes`
+// hold keys of the context.
+struct TileRows {
+  const char *keys[kStripes], *values[kStripes];
+  int64_t key_bytes, value_bytes, stripes;
+};
+
+// Fetches a tile's keys or values, a few lines at a time, while others are computed with: few query rows need bytes
+// sooner than memory gives them, and memory gives most when it is asked at an even pace. Rows that touch are one run.
+class Fetcher {
+ public:
+  Fetcher(const char* const (&stripes)[kStripes], int64_t row_step, int64_t row_bytes)
+      : stripes_(stripes),
+        row_step_(row_step),
+        runs_(row_step == row_bytes ? 1 : kStripe),
+        run_bytes_(row_bytes * kStripe / runs_) {}
+  // The next kLines lines, or none when all are fetched. A run's last may go beyond it.
+  template <int kLines>
+  inline __attribute__((always_inline)) void lines() {
+    if (at_ >= end_ && !begin_run()) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(at_ + i * kLine);
+    at_ += kLines * kLine;
+  }
+
+ private:
+  bool begin_run() {
+    if (run_ == kStripes * runs_) return false;
+    at_ = stripes_[run_ / runs_] + run_ % runs_ * row_step_;
+    end_ = at_ + run_bytes_;
+    ++run_;
+    return true;
+  }
+
+  const char* const (&stripes_)[kStripes];
+  int64_t row_step_, runs_, run_bytes_;        // runs of a stripe
+  int64_t run_ = 0;                            // the next of the tile's
+  const char *at_ = nullptr, *end_ = nullptr;  // what is left of the one before it
+};
+
+}  // namespace STAFFETTA_ISA
