@@ -182,3 +182,35 @@ async def test_a_long_step_leaves_while_it_is_still_being_delivered() -> None:
 def test_another_server_has_no_writer() -> None:
     assert body_writer.body_writer_of({"type": "http"}) is None
     assert body_writer.body_writer_of({"type": "http", "extensions": {"staffetta.body_writer": "x"}}) is None
+
+
+@asynchronous
+async def test_an_event_is_offered_at_once_only_while_the_reader_waits_for_it() -> None:
+    async def unused(*_: object) -> None:
+        raise NotImplementedError
+
+    offered: list[int] = []
+
+    def take(event: decode_pb2.SequenceEvent) -> bool:
+        offered.append(event.tokens[0].index)
+        return True
+
+    it = session.DecodeSession(session.Pipe(unused, unused, heartbeat_s=1), "decode-0")
+    stream = it.start(decode_pb2.StartRequest(request_id="x"), [1])
+    stream.take_at_once(take)
+    events = [decode_pb2.SequenceEvent(request_id="x", tokens=[make_token(index, 5)]) for index in range(6)]
+    stream.put(events[0])  # nobody waits yet
+    assert await stream.next() == events[0]
+    stream.put(events[1])  # the reader does something with the one before
+    assert await stream.next() == events[1]
+    waiting = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    stream.put(events[2])
+    stream.put(events[3])
+    assert offered == [2, 3]
+    last = decode_pb2.SequenceEvent(request_id="x", finish_reason=common_pb2.FINISH_REASON_LENGTH)
+    stream.put(last)  # an ending is never taken at once
+    stream.put(events[4])  # and what comes after it waits its turn
+    assert await waiting == last
+    assert await stream.next() == events[4]
+    assert offered == [2, 3]
