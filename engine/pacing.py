@@ -133,9 +133,10 @@ class StepPacer:
         # Weights are read once, so a token's price rises with the budget: from nothing to what it is alone.
         below, above = self._nearest(range(rung - 1, -1, -1)), self._nearest(range(rung + 1, len(self._budgets)))
         least_s = 0.0 if below is None else self._price(below)
-        most_s = math.inf if above is None else self._price(above)
-        if self._alone_tokens:
-            most_s = min(most_s, self._alone_s / self._alone_tokens)
+        if above is not None:
+            most_s = self._price(above)
+        else:
+            most_s = self._alone_s / self._alone_tokens if self._alone_tokens else math.inf
         is_next = below == rung - 1
         return self._budgets[rung] * (least_s if is_next else max(least_s, most_s))
 

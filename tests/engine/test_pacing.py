@@ -177,7 +177,7 @@ def test_a_budget_that_became_too_large_shrinks_to_one_that_is_not() -> None:
     generate(pacer, QUICK)
     assert mix(pacer, QUICK, num_steps=60)[-1] == 264
     found = mix(pacer, lambda *rows: 3 * QUICK(*rows), num_steps=60)
-    assert found == sorted(found, reverse=True) and found[-1] == 96
+    assert found == sorted(found, reverse=True) and found[-1] == 80
 
 
 def test_one_slow_step_costs_a_budget_nothing() -> None:
@@ -203,7 +203,30 @@ def test_steps_that_stay_slow_cost_a_budget_its_rung_for_a_while() -> None:
     for _ in range(3):
         assert budget(pacer) == 80
         pacer.observe(MeasuredStep(1, 80, 3 * linear(1, 80)))
-    assert mix(pacer, linear, num_steps=129) == [*[64] * 128, 80]
+    assert mix(pacer, linear, num_steps=131) == [*[64] * 128, 80, 80, 80]
+
+
+def test_prompts_that_became_dearer_beside_streams_cost_one_long_step() -> None:
+    pacer = make_pacer(max_slowdown=3.0)
+    prefill(pacer, QUICK)
+    generate(pacer, linear)
+    assert mix(pacer, linear, num_steps=4) == [176, 16, 16, 16]
+
+
+def test_what_a_token_costs_beside_streams_is_believed_before_what_it_costs_alone() -> None:
+    pacer = make_pacer(max_slowdown=3.0)
+    prefill(pacer, QUICK)
+    generate(pacer, linear)
+    pacer.observe(MeasuredStep(1, 8, linear(1, 8)))
+    assert budget(pacer) == 16
+
+
+def test_what_a_token_costs_alone_follows_the_newest_steps() -> None:
+    pacer = make_pacer(max_slowdown=9.1)
+    generate(pacer, linear)
+    for seconds in [5.12] * 40 + [0.512] * 40:
+        pacer.observe(MeasuredStep(0, 512, seconds))
+    assert budget(pacer) == 80
 
 
 def test_more_than_a_rung_counts_for_the_rung_in_its_part() -> None:

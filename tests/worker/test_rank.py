@@ -12,6 +12,7 @@ from engine.request import StepOutput
 from staffetta.config.schema import PrefillConfig
 from staffetta.exits import DoesNotFitError, ModelNotFoundError, UsageError, run
 from staffetta.v1 import common_pb2
+from worker.pool_pages import PoolPages
 from worker.rank import Rank, load_rank, open_exporters
 
 PREFILL, DECODE = common_pb2.WORKER_ROLE_PREFILL, common_pb2.WORKER_ROLE_DECODE
@@ -134,11 +135,20 @@ def test_without_any_transport_there_is_no_worker(transports: tuple[str, ...]) -
     rank.stop()
 
 
-def test_a_rank_touches_its_pool_until_it_stops() -> None:
+def test_a_rank_touches_its_pool_until_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Pages(PoolPages):
+        def start(self) -> None:
+            done.append("start")
+
+        def stop(self) -> None:
+            done.append(f"stop while {rank.memory.is_shareable}")
+
+    monkeypatch.setattr("worker.rank.PoolPages", Pages)
     rank = load_rank(make_config(), DECODE)
     start(rank)
+    assert done == []
     rank.touch_pool()
-    pages = rank._pages
-    assert pages is not None and pages._thread.ident is not None
     rank.stop()
-    assert not pages._thread.is_alive()
+    assert done == ["start", "stop while True"]
