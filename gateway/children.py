@@ -140,7 +140,9 @@ class Children:
 
     async def wait(self) -> None:
         """Returns when every child has ended, after `terminate`."""
-        await asyncio.gather(*(task for task in self._tasks if task.get_name() != "children-watch"))
+        tasks = [task for task in self._tasks if task.get_name() != "children-watch"]
+        if tasks:
+            await asyncio.wait(tasks)  # who gives up waiting does not end them
 
     async def close(self) -> None:
         """Ends every child at once, and returns when they are gone."""
@@ -149,7 +151,7 @@ class Children:
             _signal(child, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_S):
-                await asyncio.shield(self.wait())
+                await self.wait()
         for child in self._children:
             _signal(child, signal.SIGKILL)
         await self.wait()

@@ -37,6 +37,9 @@ _MAX_CALLS: Final = 4096
 _LAST_WORDS_S: Final = 2.0
 """What children get beyond the drain to close their sessions."""
 
+_STREAMS_S: Final = 0.5
+"""What registrations get to end."""
+
 log = logging.getLogger(__name__)
 
 
@@ -59,13 +62,13 @@ class Parent:
         self._rpc = RpcServer(
             [registry_pb2.DESCRIPTOR.services_by_name["RegistryService"].full_name], max_concurrent_calls=_MAX_CALLS
         )
-        registry = RegistryServicer(
+        self._registry = RegistryServicer(
             self.roster,
             model_digest=model.digest,
             key_fingerprint=key_fingerprint(bytes.fromhex(self._config.cluster_key)),
             heartbeat_s=config.heartbeat_s,
         )
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, self._rpc.grpc)
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(self._registry, self._rpc.grpc)
         self._sockets = contextlib.ExitStack()
         self._listeners = contextlib.ExitStack()
         self._children: Children | None = None
@@ -95,7 +98,9 @@ class Parent:
             await self._children.close()
         self._listeners.close()
         self._sockets.close()
-        await self._rpc.stop(grace_s=0)
+        # gRPC writes a traceback for every stream that it has to cancel.
+        self._registry.end()
+        await self._rpc.stop(grace_s=_STREAMS_S)
 
     async def _start(self) -> GatewayReady:
         config = self._config

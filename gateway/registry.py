@@ -33,6 +33,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self._model_digest = model_digest
         self._key_fingerprint = key_fingerprint
         self._silence_s = SILENT_HEARTBEATS * heartbeat_s
+        self._is_ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Ends every registration in good order; workers dial again, in vain or another gateway."""
+        self._is_ending.set()
 
     async def Register(  # type: ignore[override]  # noqa: N802 - the service's name
         self, request_iterator: AsyncIterator[registry_pb2.RegisterRequest], context: "Context"
@@ -88,13 +93,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         return self._workers.join(announcement)
 
     async def _serve(self, worker: Worker, first: registry_pb2.RegisterRequest, context: "Context") -> None:
-        """Serves an admitted worker until its stream ends. Raises what ended either direction.
+        """Serves an admitted worker until its stream or this service ends. Raises what ended either direction.
 
         A worker that is answered no more must not stay registered: it registers again, and is answered again.
         """
         tasks = [
             asyncio.create_task(self._follow(worker, first, context), name=f"reports-{worker.worker_id}"),
             asyncio.create_task(self._answer(worker, context), name=f"answers-{worker.worker_id}"),
+            asyncio.create_task(self._wait_for_end(), name=f"end-{worker.worker_id}"),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -130,6 +136,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 await context.write(response)
             else:
                 await self._workers.wait_for_change()
+
+    async def _wait_for_end(self) -> None:
+        await self._is_ending.wait()
 
     async def _receive(self, context: "Context") -> registry_pb2.RegisterRequest | None:
         """The next report, or None at the stream's end. Raises WorkerLostError after three heartbeats of silence."""
