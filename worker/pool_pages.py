@@ -57,24 +57,20 @@ class PoolPages:
         self._buffer = memoryview(b"")
 
     def _main(self) -> None:
-        _run_when_idle()
-        num_bytes = len(self._buffer)
-        for begin in range(0, num_bytes, _CHUNK_BYTES):
-            if self._is_stopping.is_set():
-                return
-            if reason := self._touch(begin):
-                log.info("the last %d bytes of the KV pool are left to the steps: %s", num_bytes - begin, reason)
-                return
-
-    def _touch(self, begin: int) -> str | None:
-        """Touches one part of the pool, or says why that is not to be."""
+        begin, num_bytes, reason = 0, len(self._buffer), ""
         try:
-            if begin % _LOOK_BYTES == 0 and self._headroom() < RESERVE_BYTES:
-                return f"fewer than {RESERVE_BYTES} bytes of memory are left"
-            self._populate(self._buffer[begin : begin + _CHUNK_BYTES])
+            _run_when_idle()
+            for begin in range(0, num_bytes, _CHUNK_BYTES):
+                if self._is_stopping.is_set():
+                    return
+                if begin % _LOOK_BYTES == 0 and self._headroom() < RESERVE_BYTES:
+                    reason = f"fewer than {RESERVE_BYTES} bytes of memory are left"
+                    break
+                self._populate(self._buffer[begin : begin + _CHUNK_BYTES])
         except OSError as error:
-            return str(error)
-        return None
+            reason = str(error)
+        if reason:
+            log.info("the last %d bytes of the KV pool are left to the steps: %s", num_bytes - begin, reason)
 
 
 def populate_pages(part: memoryview) -> None:

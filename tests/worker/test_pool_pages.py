@@ -99,6 +99,24 @@ def test_a_kernel_that_refuses_is_told_once_and_nothing_else_is_asked(caplog: py
     ]
 
 
+@on_linux
+def test_nothing_is_touched_where_the_thread_may_not_step_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    caplog.set_level(logging.INFO, "worker.pool_pages")
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    memory = make_pool(2)
+    record = Recorder(memory)
+    run_to_end(PoolPages(memory, populate=record, headroom=plenty))
+    assert record.parts == []
+    assert [each.getMessage() for each in caplog.records] == [
+        f"the last {2 * MIB} bytes of the KV pool are left to the steps: [Errno 1] Operation not permitted"
+    ]
+
+
 def test_where_memory_is_short_nothing_more_is_touched(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "worker.pool_pages")
     memory = make_pool(140)
