@@ -1,8 +1,9 @@
 """Stops every server but the one whose turn it is, so that a peer whose idle threads spin does not slow the others.
 
 `python -m bench.serve … --freeze NAME=PID`: the process and all its descendants get SIGSTOP outside the turns of server
-NAME and SIGCONT before them. Whatever ends a run, all of them run again: the one exception is SIGKILL, after which
-`kill -CONT` is the operator's. It never ends a process, and never touches one that is not the operator's own.
+NAME and SIGCONT before them. After the run, an error, Ctrl-C, SIGTERM and SIGHUP all of them run again; after a signal
+that nobody can handle, SIGKILL above all, `kill -CONT` is the operator's. It never ends a process, and never touches
+one that is not the operator's own.
 """
 
 import os

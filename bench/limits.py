@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -96,8 +97,10 @@ class LimitProbe:
 
 def huge_pages() -> torch.Tensor:
     """Memory to read, written once, in huge pages where the system gives them: int64, [READ_BYTES / 8]."""
-    memory = mmap.mmap(-1, _READ_BYTES + _HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    # Private: shared memory, which is mmap's default, has huge pages only where the system allows them for files too.
+    memory = mmap.mmap(-1, _READ_BYTES + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel built without huge pages: slower, not wrong
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.int64, count=_READ_BYTES // 8).fill_(1)
 
 

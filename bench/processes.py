@@ -36,10 +36,10 @@ class Process:
 def read_process(pid: int) -> Process | None:
     """The process with that id; None when there is none."""
     try:
-        stat = (_PROC / str(pid) / "stat").read_text()
+        stat = (_PROC / str(pid) / "stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = stat.rpartition(")")[2].split()  # a name may hold blanks and parentheses
+    fields = stat.rpartition(b")")[2].decode().split()  # a name may hold blanks, parentheses, and any byte
     ticks = int(fields[_USER_TIME]) + int(fields[_SYSTEM_TIME])
     return Process(
         pid=pid,

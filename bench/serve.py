@@ -100,13 +100,15 @@ def tell(line: str) -> None:
 
 
 def measure_now(addresses: Sequence[str], plan: Plan, observer: Observer, turns: Turns) -> Measurement:
-    """Runs `plan` against servers named as on the command line, to its end. SIGTERM ends it as Ctrl-C does."""
+    """Runs `plan` against servers named as on the command line, to its end. SIGTERM ends it as Ctrl-C does, and
+    so does a terminal that closes, unless that is ignored."""
     import uvloop
 
     async def run() -> Measurement:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        if task is not None:
-            loop.add_signal_handler(signal.SIGTERM, task.cancel)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if task is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, task.cancel)
         targets = [make_target(parse_target(address)) for address in addresses]
         return await measure(targets, plan, observer, turns)
 

@@ -186,7 +186,18 @@ def test_a_command_may_be_named_like_a_line_of_stat(tmp_path: Path) -> None:
         process.stdin.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_named_in_no_encoding_hinders_nobody() -> None:
+    rename = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff)', 0, 0, 0); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", rename], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        found = read_process(process.pid)
+        assert found is not None and found.parent == os.getpid()
+        assert process.pid in [each.pid for each in process_tree(os.getpid())]
+        process.stdin.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_ended_from_outside_lets_everyone_run(number: signal.Signals) -> None:
     """The server answers the first question and never another one."""
     server = """
