@@ -82,7 +82,7 @@ async def test_a_worker_that_registers_later_and_one_that_leaves_are_known_to_ev
 @asynchronous
 async def test_both_doors_of_every_process_answer(it: Processes) -> None:
     async with fake_worker(it, reply=ids_of(TEXT)) as worker:
-        for _ in range(8):
+        for _ in range(NUM_STREAMS):
             async with open_channel(it.grpc) as channel:
                 said = [message.delta.text async for message in generate(channel, max_tokens=64)]
                 assert "".join(said) == TEXT
@@ -222,6 +222,24 @@ async def test_a_process_that_answers_nothing_is_followed_by_another(monkeypatch
         assert 'staffetta_gateway_process_ends_total{by="SIGKILL"} 1.0' in page
     finally:
         await parent.close()
+    assert psutil.Process().children() == before
+
+
+@asynchronous
+async def test_a_drain_that_nobody_waits_for_any_more_leaves_the_processes_their_last_words() -> None:
+    before = psutil.Process().children()
+    parent = Parent(replace(CONFIG, workers=2, registry="127.0.0.1:0"), demo_model())
+    await parent.start()
+    stuck = next(child for child in psutil.Process().children() if child not in before)
+    stuck.suspend()
+    drain = asyncio.create_task(parent.drain(timeout_s=60))
+    await eventually(lambda: len(psutil.Process().children()) == len(before) + 1)
+    drain.cancel()
+    await asyncio.gather(drain, return_exceptions=True)
+    close = asyncio.create_task(parent.close())
+    await asyncio.sleep(0)
+    stuck.resume()
+    await close
     assert psutil.Process().children() == before
 
 
