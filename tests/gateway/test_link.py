@@ -1,4 +1,4 @@
-"""The link between a gateway's parent and a child: messages whole and in order, an end, bounds, and no way to break it."""
+"""The link between a gateway's parent and a child: messages whole and in order, an end, bounds, no way to break it."""
 
 import asyncio
 import socket
