@@ -30,7 +30,7 @@ from kernels.reference import GROUP_INPUTS
 MEASURED_SHAPES: Final = ("0.5b", "llama-8b-layer")
 FEW_ROWS: Final = (1, 4, 16)
 MANY_ROWS: Final = (256, 512, 2048)
-CONTEXTS: Final = (512, 2048)
+CONTEXTS: Final = (256, 512, 2048, 4096)
 BATCHES: Final = (1, 16)
 _COLD_BYTES: Final = 2**28
 """What all copies together have at least: several times the largest cache."""

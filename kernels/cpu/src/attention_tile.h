@@ -83,8 +83,10 @@ using KeysOf = std::conditional_t<std::is_same_v<Type, BF16>, PairKeys, FloatKey
 // Columns that go together, in vectors: as many sums as there are registers for.
 constexpr int vecs_of(int rows) { return rows <= kAttentionRows / 2 ? 4 : 2; }
 
-// Turns the keys of a tile, rows of at least kLine bytes, a multiple of 4. Meanwhile fetches half of its values.
-inline void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys, Fetcher& fetcher) {
+// Turns the keys of a tile, rows of at least kLine bytes, a multiple of 4. Meanwhile fetches its values: half of them
+// where keys are pairs, for such a tile is multiplied too soon to wait with nothing on its way; all where it is floats.
+template <class Keys>
+void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys, Fetcher& fetcher) {
   constexpr int64_t kSquare = kWidth * sizeof(float);
   for (int64_t stripe = 0; stripe < tile.stripes; ++stripe)
     for (int64_t j = 0; j < kStripe; j += kWidth)
@@ -92,13 +94,13 @@ inline void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys, Fetc
         const int64_t at = least(begin, row_bytes - kSquare);  // the last square may overlap the one before it
         const char* from = tile.keys[stripe] + j * tile.key_bytes + at;
         float* to = keys + at / 4 * kTile + stripe * kStripe + j;
-        fetcher.lines<kWidth / 2>();
+        fetcher.lines<kWidth / Keys::kInputs>();
         transpose(reinterpret_cast<const float*>(from), tile.key_bytes / 4, to, kTile);
       }
 }
 
-// Products of kRows queries, query_step apart, with turned keys, into scores [rows][64]. Meanwhile fetches the other
-// half of the values.
+// Products of kRows queries, query_step apart, with turned keys, into scores [rows][64]. Meanwhile fetches the
+// rest of the values.
 template <class Keys, int kRows>
 __attribute__((noinline)) void score(const float* query, int64_t query_step, const float* keys, int64_t dim,
                                      float* scores, Fetcher& fetcher) {
