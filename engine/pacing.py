@@ -3,7 +3,7 @@
 While one prompt waits, a step beside streams takes at most `max_slowdown` times as long as one that only generates;
 every further prompt, up to the eighth, lets it take as much longer again, because many then gain by what few lose. So a
 stream's gap is at most 1 + 8 x (max_slowdown - 1) times its usual one, 5.8 times where that is 1.6, but where even the
-eight tokens of each such prompt that are always allowed take longer.
+four tokens of each such prompt that are always allowed take longer.
 
 Everything here follows from measured durations: there is no clock, and nothing that depends on what the tokens are.
 """
@@ -16,9 +16,10 @@ from typing import Final, NamedTuple
 
 from engine.step import SequenceSlice
 
-LEAST_PROMPT_TOKENS: Final = 8
-"""Of each prompt that counts, and how far apart budgets are at first. Where reading weights is what bounds a step,
-eight rows more cost next to nothing."""
+LEAST_PROMPT_TOKENS: Final = 4
+"""Of each prompt that counts: far into a long prompt attention alone makes eight cost as much as a step of streams."""
+_RUNG_TOKENS: Final = 8
+"""How far apart budgets are at first: where reading weights is what bounds a step, so many cost next to nothing."""
 MOST_PROMPTS: Final = 8
 """Prompts that count. With so many, waiting costs them a fifth more than computing them alone."""
 _RETRY_STEPS: Final = 128
@@ -161,12 +162,12 @@ class StepPacer:
 
 
 def _ladder(max_tokens: int) -> tuple[int, ...]:
-    """Budgets in tokens, rising: 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 120… and at last `max_tokens`."""
-    budget, rungs = LEAST_PROMPT_TOKENS, []
+    """Budgets in tokens, rising: 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 120… and at last `max_tokens`."""
+    budget, rungs = _RUNG_TOKENS, [LEAST_PROMPT_TOKENS]
     while budget < max_tokens:
         rungs.append(budget)
-        budget += max(1, budget // (4 * LEAST_PROMPT_TOKENS)) * LEAST_PROMPT_TOKENS
-    return (*rungs, max_tokens)
+        budget += max(1, budget // (4 * _RUNG_TOKENS)) * _RUNG_TOKENS
+    return (*[rung for rung in rungs if rung < max_tokens], max_tokens)
 
 
 def _size_class(count: int) -> int:

@@ -70,7 +70,7 @@ def test_the_first_step_beside_streams_only_generates_to_learn_how_long_that_tak
     pacer = make_pacer(max_slowdown=9.0)
     assert budget(pacer) == 0
     generate(pacer, linear)
-    assert budget(pacer) == 8
+    assert budget(pacer) == 4
 
 
 def test_steps_without_streams_tell_the_whole_budget_at_once() -> None:
@@ -93,14 +93,14 @@ def test_a_long_prompt_alone_counts_more_than_a_short_one() -> None:
 def test_without_such_steps_a_budget_climbs_rung_by_rung_to_what_a_step_may_take() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
-    assert mix(pacer, linear, num_steps=30) == [8, 16, 24, 32, 40, 48, 56, 64, *[80] * 22]
+    assert mix(pacer, linear, num_steps=30) == [4, 8, 16, 24, 32, 40, 48, 56, 64, *[80] * 21]
 
 
 def test_rungs_are_a_quarter_of_their_size_apart_and_end_at_what_a_step_may_compute() -> None:
     pacer = make_pacer(max_tokens=250)
     machine = make_machine(weights_s=1.0, row_s=0.0)
     generate(pacer, machine)
-    assert mix(pacer, machine, num_steps=16) == [*range(8, 65, 8), 80, 96, 120, 144, 176, 216, 250, 250]
+    assert mix(pacer, machine, num_steps=17) == [4, *range(8, 65, 8), 80, 96, 120, 144, 176, 216, 250, 250]
 
 
 def test_what_costs_nothing_while_weights_are_read_promises_no_more_than_the_next_rung() -> None:
@@ -112,17 +112,17 @@ def test_what_costs_nothing_while_weights_are_read_promises_no_more_than_the_nex
     assert QUICK(1, 176) <= 2 * QUICK(1, 0) < QUICK(1, 216)
 
 
-def test_a_budget_is_eight_tokens_where_even_that_takes_too_long() -> None:
+def test_a_budget_is_four_tokens_where_even_that_takes_too_long() -> None:
     pacer = make_pacer(max_slowdown=1.0)
     generate(pacer, linear)
-    assert mix(pacer, linear, num_steps=4) == [8, 8, 8, 8]
-    assert mix(pacer, linear, num_prompts=3, num_steps=4) == [24, 24, 24, 24]
+    assert mix(pacer, linear, num_steps=4) == [4, 4, 4, 4]
+    assert mix(pacer, linear, num_prompts=3, num_steps=4) == [12, 12, 12, 12]
 
 
-def test_a_step_that_computes_fewer_than_eight_tokens_at_most_allows_no_more() -> None:
-    pacer = make_pacer(max_slowdown=9.0, max_tokens=5)
+def test_a_step_that_computes_fewer_than_four_tokens_at_most_allows_no_more() -> None:
+    pacer = make_pacer(max_slowdown=9.0, max_tokens=3)
     generate(pacer, linear)
-    assert mix(pacer, linear, num_prompts=8, num_steps=2) == [5, 5]
+    assert mix(pacer, linear, num_prompts=8, num_steps=2) == [3, 3]
 
 
 @pytest.mark.parametrize("num_prompts", [1, 2, 8])
@@ -141,7 +141,7 @@ def test_on_every_machine_the_budget_rests_but_for_one_step_in_128(
     found = mix(pacer, machine, num_generating=num_generating, num_prompts=num_prompts, num_steps=512)
     rest = statistics.mode(found)
     assert sum(budget != rest for budget in found) <= 4
-    assert rest == 8 * num_prompts or machine(num_generating, rest) <= allowed_s
+    assert rest == 4 * num_prompts or machine(num_generating, rest) <= allowed_s
     assert rest == 512 or machine(num_generating, max(rest + 8, rest * 5 // 4)) > allowed_s - 2e-9
 
 
@@ -168,7 +168,7 @@ def test_a_budget_that_took_too_long_is_tried_again_after_128_steps() -> None:
     # 72 ms are allowed. 8 tokens cost nothing, the weights are being read anyway; 16 take 75 ms.
     pacer = make_pacer(max_slowdown=1.8)
     generate(pacer, SMALL)
-    assert mix(pacer, SMALL, num_steps=132) == [8, 16, *[8] * 128, 16, 8]
+    assert mix(pacer, SMALL, num_steps=133) == [4, 8, 16, *[8] * 128, 16, 8]
 
 
 def test_a_budget_that_became_too_large_shrinks_to_one_that_is_not() -> None:
@@ -233,15 +233,15 @@ def test_more_than_a_rung_counts_for_the_rung_in_its_part() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
     pacer.observe(MeasuredStep(1, 60, linear(1, 60)))
-    assert pacer._expected_s(6) == pytest.approx(0.056)
+    assert pacer._expected_s(7) == pytest.approx(0.056)
 
 
 def test_the_short_rest_of_a_prompt_says_nothing() -> None:
     pacer = make_pacer(max_slowdown=9.0)
     generate(pacer, linear)
     for seconds in (60.0, 0.0):
-        pacer.observe(MeasuredStep(1, 7, seconds))
-        assert budget(pacer) == 8
+        pacer.observe(MeasuredStep(1, 3, seconds))
+        assert budget(pacer) == 4
 
 
 def test_what_a_step_may_take_follows_the_number_of_streams() -> None:
@@ -301,7 +301,7 @@ def test_whatever_is_measured_the_budget_is_within_bounds(
     for step in steps:
         pacer.observe(MeasuredStep(*step))
         found = budget(pacer, num_streams=num_streams, num_prompts=num_prompts)
-        assert 8 * min(num_prompts, 8) <= found <= 512 and found % 8 == 0
+        assert 4 * min(num_prompts, 8) <= found <= 512 and found % 4 == 0
 
 
 # In an engine
@@ -361,7 +361,7 @@ def test_a_long_prompt_leaves_streams_their_pace_and_is_computed_meanwhile() -> 
         drive(engine, tokens, num_steps=1)
     mixed = [step for step in runner.steps if step.num_generating and step.num_prompt_tokens]
     # 10 ms are allowed beside the stream's own 10 and eight tokens cost 8; the first block was cached.
-    assert [step.num_prompt_tokens for step in mixed] == [*[8] * 49, 4]
+    assert [step.num_prompt_tokens for step in mixed] == [4, *[8] * 49]
     assert len(tokens["stream"]) == 50
 
 
@@ -372,8 +372,8 @@ def test_every_prompt_that_waits_adds_to_the_budget_and_the_first_may_use_all_of
     for first in (200, 300, 400):
         engine.add(make_request(str(first), range(first, first + 30), sampling=make_sampling(max_tokens=1)))
     drive(engine, {}, num_steps=6)
-    # Three wait, of 30 tokens each; after two steps the first is done, after three the second.
-    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [24, 24, 16, 8, 8, 8]
+    # Three wait, of 30 tokens each; after two steps the first is done, after four the second.
+    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [12, 16, 24, 16, 8, 8]
 
 
 def test_a_prompt_that_has_no_place_in_the_batch_does_not_count() -> None:
@@ -383,7 +383,7 @@ def test_a_prompt_that_has_no_place_in_the_batch_does_not_count() -> None:
     for first in (200, 300, 400):
         engine.add(make_request(str(first), range(first, first + 30), sampling=make_sampling(max_tokens=1)))
     drive(engine, {}, num_steps=4)
-    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [8, 8, 8, 6]
+    assert [step.num_prompt_tokens for step in runner.steps[10:]] == [4, 8, 8, 8]
 
 
 def test_a_burst_is_computed_in_few_steps_because_many_wait_for_few() -> None:
@@ -404,7 +404,7 @@ def test_the_first_stream_of_an_engine_waits_for_no_prompt_once_and_the_prompt_o
     drive(engine, {}, num_steps=1)
     engine.add(make_request("long", range(400, 700), sampling=make_sampling(max_tokens=1)))
     drive(engine, {}, num_steps=3)
-    assert [step.num_prompt_tokens for step in runner.steps[1:]] == [0, 8, 8]
+    assert [step.num_prompt_tokens for step in runner.steps[1:]] == [0, 4, 8]
 
 
 def test_a_prompt_of_one_token_joins_streams_at_once() -> None:
