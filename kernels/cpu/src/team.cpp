@@ -61,7 +61,7 @@ class Team {
 
   void run(int threads, void (*work)(void*), void* context) {
     grow(threads);
-    threads_ = threads;
+    threads_.store(threads, std::memory_order_release);
     work_ = work;
     context_ = context;
     error_ = nullptr;
@@ -115,12 +115,14 @@ class Team {
 
   // A member's life. `seen` is the number of the last work that it need not look at.
   void serve(int index, uint64_t seen) {
+    pthread_setname_np(pthread_self(), "kernels");
     for (;;) {
       wait_for_work_after(seen);
       uint64_t gate = gate_.load(std::memory_order_acquire);
       seen = number(gate);
       if (is_over_.load()) return;
-      if (enter(gate)) take_part(index);
+      // Of another work the number of threads may already be, but then this one can no longer be entered.
+      if (index < threads_.load(std::memory_order_acquire) && enter(gate)) take_part();
     }
   }
 
@@ -142,13 +144,13 @@ class Team {
     return false;
   }
 
-  void take_part(int index) {
-    if (index < threads_) try {
-        work_(context_);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (!error_) error_ = std::current_exception();
-      }
+  void take_part() {
+    try {
+      work_(context_);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!error_) error_ = std::current_exception();
+    }
     const uint64_t before = gate_.fetch_sub(kInside);
     if (num_inside(before) > 1 || before & kOpen || !is_caller_sleeping_.load()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -157,7 +159,7 @@ class Team {
 
   alignas(64) std::atomic<uint64_t> gate_{0};
   // Written by the caller before it opens the gate, or under the mutex.
-  int threads_ = 0;
+  std::atomic<int> threads_{0};
   void (*work_)(void*) = nullptr;
   void* context_ = nullptr;
   std::exception_ptr error_;

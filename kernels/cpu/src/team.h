@@ -1,8 +1,8 @@
 // The threads that compute a call together: work is cut into numbered pieces, and whoever is free takes the next.
 //
-// Nobody is waited for who has not begun. A thread that sleeps, or that the system runs late, finds the work done and
-// goes on waiting; the caller would have done all of it alone. So a call never takes longer for having a team, on a
-// machine that is busy with something else. Results must not depend on who computes a piece.
+// Nobody is waited for who has not begun: a thread that sleeps, or that the system runs late, finds the work done and
+// goes on waiting, and the caller has done all of it alone. Who has begun is waited for, for the length of a piece.
+// Results must not depend on who computes which.
 //
 // Members spin for a moment when there is nothing to do, so that the hundred and more calls of a step follow each other
 // within a microsecond; then they sleep, so that an idle process costs nothing.

@@ -5,8 +5,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,6 +27,28 @@ def product(threads: int) -> torch.Tensor:
 
 def num_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
+
+
+class Member(NamedTuple):
+    """A thread of a team, as the kernel sees it: R or S, and its processor time."""
+
+    state: str
+    ticks: int
+
+
+def members() -> list[Member]:
+    """All of this process."""
+    stats = [(task / "stat").read_text().rpartition(")") for task in Path("/proc/self/task").iterdir()]
+    named = [after.split() for before, _, after in stats if before.endswith("(kernels")]
+    return [Member(fields[0], int(fields[11])) for fields in named]
+
+
+def until(is_reached: Callable[[], bool], work: Callable[[], None]) -> None:
+    """Works until it is; for a minute."""
+    deadline = time.monotonic() + 60
+    while not is_reached():
+        assert time.monotonic() < deadline, members()
+        work()
 
 
 def _in_a_thread_of_its_own(threads: int) -> None:
@@ -63,12 +87,16 @@ def test_a_team_ends_with_the_thread_that_called() -> None:
     assert num_threads() <= before
 
 
-def test_a_team_without_work_sleeps() -> None:
-    product(3)
-    time.sleep(0.02)  # beyond the moment in which it spins; what is measured is what it takes after that
-    before = time.process_time()
-    time.sleep(0.1)
-    assert time.process_time() - before < 0.02
+def test_members_compute_and_then_sleep() -> None:
+    run = _run(
+        "from tests.kernels.cpu.test_team import members, until\n"
+        "layer = CpuBackend(threads=3).prepare_linear(torch.ones(4096, 512))\n"
+        "def work(): layer(torch.ones(64, 512))\n"
+        "until(lambda: len(members()) == 2 and all(member.ticks > 0 for member in members()), work)\n"
+        "until(lambda: {member.state for member in members()} == {'S'}, os.sched_yield)\n"
+        "print('ok')\n"
+    )
+    assert run.stdout.split() == ["ok"], run.stderr
 
 
 def test_a_forked_child_computes_with_a_team_of_its_own() -> None:
@@ -98,3 +126,23 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_works() -
         "print(torch.equal(layer(x), expected))\n"
     )
     assert run.stdout.split() == ["True", "True"], run.stderr
+
+
+def test_a_member_without_memory_for_scratch_is_an_error_and_the_next_call_works() -> None:
+    run = _run(
+        "import resource; from ctypes import byref\n"
+        "from kernels.cpu.library import NO_MATRIX, Status, matrix; from tests.kernels.cpu.test_team import until\n"
+        "backend, expected = CpuBackend(threads=1), product(2)\n"
+        "x, weight = torch.ones(32, 2**20), torch.ones(2**20)\n"
+        "out, none = torch.empty_like(x), byref(NO_MATRIX)\n"
+        "def norm(threads): return backend.library.staffetta_rms_norm(\n"
+        "    backend.isa, threads, byref(matrix(x)), none, byref(matrix(weight)), 0.0, none, byref(matrix(out)))\n"
+        "print(norm(1) == Status.OK)\n"  # the caller has its scratch now, the member has not
+        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "limits = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, limits[1]))\n"
+        "until(lambda: norm(2) == Status.OUT_OF_MEMORY, os.sched_yield)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, limits)\n"
+        "print(norm(2) == Status.OK, torch.equal(product(2), expected))\n"
+    )
+    assert run.stdout.split() == ["True"] * 3, run.stderr
