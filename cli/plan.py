@@ -16,6 +16,7 @@ from staffetta.config.load import Loaded
 from staffetta.config.origin import OriginKind
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from staffetta.cpus import format_cpus
+from staffetta.exits import UsageError
 
 T = TypeVar("T", GatewayConfig, PrefillConfig, DecodeConfig)
 
@@ -115,29 +116,24 @@ def plan_serve(
         )
         for name in (f"{role}-{number}" for number in range(count))
     ]
-    return ServePlan(gateway_config, _with_cpus(workers, surroundings.cpus))
+    return ServePlan(gateway_config, pin(workers, surroundings.cpus) if config.pin else tuple(workers))
 
 
-def _with_cpus(workers: Sequence[WorkerPlan], cpus: Sequence[int]) -> tuple[WorkerPlan, ...]:
-    """The workers, each on CPUs of its own, unless a setting places one of them or they share CPUs anyway."""
-    if any(worker.config.cpus for worker in workers):
-        return tuple(workers)
-    placed = plan_cpus(cpus, [worker.config.threads for worker in workers])
+def pin(workers: Sequence[WorkerPlan], cpus: Sequence[int]) -> tuple[WorkerPlan, ...]:
+    """The workers, each on as many neighbouring CPUs as it has threads. Raises UsageError where there are too few."""
+    ends = list(accumulate(worker.config.threads for worker in workers))
+    if ends[-1] > len(cpus):
+        raise UsageError(
+            "TOO_FEW_CPUS",
+            f"--pin: the workers compute with {ends[-1]} threads",
+            why=f"this process may use {len(cpus)} CPUs",
+            fix=f"--threads {max(1, len(cpus) // len(workers))}, fewer workers, or no --pin",
+        )
+    placed = [format_cpus(cpus[end - worker.config.threads : end]) for worker, end in zip(workers, ends, strict=True)]
     return tuple(
-        dataclasses.replace(worker, config=dataclasses.replace(worker.config, cpus=format_cpus(own)))
+        dataclasses.replace(worker, config=dataclasses.replace(worker.config, cpus=own))
         for worker, own in zip(workers, placed, strict=True)
     )
-
-
-def plan_cpus(cpus: Sequence[int], threads: Sequence[int]) -> list[tuple[int, ...]]:
-    """For workers that compute with so many threads: neighbouring CPUs for each, none where there are too few for all.
-
-    One worker alone has them all and is not told.
-    """
-    if len(threads) == 1 or sum(threads) > len(cpus):
-        return [()] * len(threads)
-    ends = list(accumulate(threads))
-    return [tuple(cpus[end - count : end]) for count, end in zip(threads, ends, strict=True)]
 
 
 def plan_threads(num_cores: int, *, num_prefill: int, num_decode: int) -> dict[str, int]:

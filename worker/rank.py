@@ -223,6 +223,13 @@ def _usable_cpus(config: WorkerConfig) -> frozenset[int]:
             why=f"this process may use {','.join(format_cpus(available))}",
             fix=f"--cpus {','.join(format_cpus(available))}",
         )
+    if wanted and config.threads > len(wanted):
+        raise UsageError(
+            "TOO_FEW_CPUS",
+            f"--threads {config.threads} on {len(wanted)} CPUs",
+            why="threads that wait for one another must be able to run at once",
+            fix=f"--threads {len(wanted)}, or more --cpus",
+        )
     return wanted or available
 
 

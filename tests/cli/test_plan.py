@@ -12,6 +12,7 @@ from cli.plan import ServePlan, Surroundings, dialable, plan_serve, plan_threads
 from staffetta.config.flags import FlagParser, add_settings
 from staffetta.config.load import resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
+from staffetta.exits import UsageError
 
 SURROUNDINGS = Surroundings(
     http="127.0.0.1:8000", grpc="127.0.0.1:50051", shm_dir="/run/st", cluster_key="ab" * 32, cpus=tuple(range(8))
@@ -46,8 +47,8 @@ def test_by_default_one_worker_of_each_role_knows_everything_it_needs() -> None:
         "shm_dir": "/run/st",
         "threads": 4,
     }
-    assert plan.workers[0].config == PrefillConfig(worker_id="prefill-0", cpus=("0-3",), **expected)
-    assert plan.workers[1].config == DecodeConfig(worker_id="decode-0", cpus=("4-7",), **expected)
+    assert plan.workers[0].config == PrefillConfig(worker_id="prefill-0", **expected)
+    assert plan.workers[1].config == DecodeConfig(worker_id="decode-0", **expected)
     assert plan.gateway == GatewayConfig(cluster_key="ab" * 32, log_level="warning")
 
 
@@ -103,17 +104,18 @@ def test_where_cores_suffice_no_two_workers_share_one() -> None:
                     assert num_cores - (num_prefill + num_decode) < total <= num_cores
 
 
-def test_workers_for_whom_there_are_cpus_get_their_own() -> None:
-    def cpus(*argv: str, environ: dict[str, str] | None = None, around: Sequence[int] = range(8)) -> list[str]:
-        plan = make_plan(*argv, environ=environ, around=replace(SURROUNDINGS, cpus=tuple(around)))
+def test_pinned_workers_have_cpus_of_their_own() -> None:
+    def cpus(*argv: str, around: Sequence[int] = range(8)) -> list[str]:
+        plan = make_plan(*argv, around=replace(SURROUNDINGS, cpus=tuple(around)))
         return [",".join(worker.config.cpus) for worker in plan.workers]
 
-    assert cpus() == ["0-3", "4-7"]
-    assert cpus(around=[1, 2, 5, 6, 7]) == ["1-2", "5-6"]
-    assert cpus("--prefill", "2", "--threads", "2") == ["0-1", "2-3", "4-5"]
-    assert cpus("--threads", "5") == ["", ""], "they share the eight"
-    assert cpus("--prefill", "0") == [""], "one alone has them all"
-    assert cpus(environ={"STAFFETTA_DECODE_CPUS": "6-7"}) == ["", "6-7"], "who places one worker places all"
+    assert cpus() == ["", ""]
+    assert cpus("--pin") == ["0-3", "4-7"]
+    assert cpus("--pin", around=[1, 2, 5, 6, 7]) == ["1-2", "5-6"]
+    assert cpus("--pin", "--prefill", "2", "--threads", "2") == ["0-1", "2-3", "4-5"]
+    with pytest.raises(UsageError, match="the workers compute with 10 threads") as refused:
+        cpus("--pin", "--threads", "5")
+    assert "--threads 4" in refused.value.fix
 
 
 def test_a_roles_own_setting_beats_serves_unless_serve_has_a_flag(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_the_engine_keeps_to_the_cpus_that_it_is_given_and_the_rest_of_the_proce
 def test_a_cpu_that_the_process_may_not_use_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="--cpus names 99998-99999"):
         load_rank(make_config(cpus=("0", "99998-99999")), DECODE)
+    with pytest.raises(UsageError, match="--threads 2 on 1 CPUs"):
+        load_rank(make_config(cpus=(str(min(os.sched_getaffinity(0))),), threads=2), DECODE)
 
 
 def test_a_rank_of_the_directory_it_is_in_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,9 @@ class ServeConfig(ModelConfig):
     http: str = setting("127.0.0.1:8000", "host:port of the REST door", form="address")
     grpc: str = setting("127.0.0.1:50051", "host:port of the gRPC door", form="address")
     gateway_workers: int = setting(1, "gateway processes that share the doors", minimum=1, maximum=64)
+    pin: bool = setting(
+        False, "give each worker's engine CPUs of its own, from the first on, where there are enough for all"
+    )
     once: str = setting("", "prompt to answer once, then exit")
     no_local_prefill: bool = setting(False, "decode workers never prefill: every prompt is handed over")
     local_prefill_max_tokens: int = setting(
