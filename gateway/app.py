@@ -78,12 +78,13 @@ class Gateway:
 
     async def start(self) -> GatewayReady:
         """Opens both doors. Raises OperatorError when an address cannot be had; then nothing is left open."""
-        listener = self._listen()
-        try:
-            grpc_address = await self._rpc.start(self._config.grpc)
-        except BindError as error:
-            listener.close()
-            raise cannot_listen(parse_address(self._config.grpc), error, flag="--grpc") from error
+        with contextlib.ExitStack() as unless_open:
+            listener = unless_open.enter_context(self._listen())
+            try:
+                grpc_address = await self._rpc.start(self._config.grpc)
+            except BindError as error:
+                raise cannot_listen(parse_address(self._config.grpc), error, flag="--grpc") from error
+            unless_open.pop_all()
         ready = GatewayReady(str(Address(*listener.getsockname()[:2])), grpc_address, grpc_address)
         self._warn_of_open_doors(ready)
         self._tasks = [

@@ -6,17 +6,18 @@ leaves both doors to whoever comes next, finishes what is under way, and ends.
 """
 
 import asyncio
-import itertools
+import contextlib
 import logging
 import socket
 import sys
+from typing import Final
 
 import grpc.aio
 import uvloop
 
 from gateway.app import Gateway, GatewayReady
-from gateway.link import Link, LinkError
-from gateway.main import serve_until_told
+from gateway.link import Link
+from gateway.main import Ends, serve_until_told
 from gateway.membership import Membership
 from gateway.model import Model, load_model
 from gateway.roster import follow
@@ -30,6 +31,9 @@ from staffetta.rpc.status import abort
 from staffetta.v1 import gateway_pb2, registry_pb2, registry_pb2_grpc
 
 ParentLink = Link[gateway_pb2.ParentMessage, gateway_pb2.ChildMessage]
+
+SCRAPE_S: Final = 5.0
+"""How long the parent gets to add up the metrics of all: it waits for busy children itself."""
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +71,10 @@ class ChildGateway(Gateway):
         super().__init__(config, model)
         self._link = link
         self._listener = listener
-        self._scrapes: dict[int, asyncio.Future[bytes]] = {}
-        self._numbers = itertools.count(1)
+        self._scrape_number = 0
+        self._page: asyncio.Future[bytes] | None = None
+        """The page that the parent has been asked for by that number, for everybody who waits; empty when there is
+        none."""
         self._has_parent = True
 
     async def start(self) -> GatewayReady:
@@ -78,30 +84,36 @@ class ChildGateway(Gateway):
         self._link.send(gateway_pb2.ChildMessage(ready=gateway_pb2.ChildReady()))
         return ready
 
-    async def follow_parent(self, ends: "asyncio.Queue[str]") -> None:
-        """Does what the parent says, until it is gone; `ends` is told of that."""
+    async def follow_parent(self, ends: Ends) -> None:
+        """Does what the parent says, until it is gone or cannot be understood; `ends` is told of that, always: who
+        follows nobody must not keep the doors."""
         try:
             while (message := await self._link.receive()) is not None:
                 self._take(message)
-        except LinkError as error:
-            log.error("%s", error)
-        self._has_parent = False
-        for scrape in self._scrapes.values():
-            scrape.set_exception(_alone())
-        ends.put_nowait("the parent is gone")
+        except Exception:
+            log.exception("the parent cannot be followed")
+        finally:
+            self._has_parent = False
+            self._answer_scrape(b"")
+            ends.put_nowait("the parent is gone")
 
     async def scrape(self) -> bytes:
-        """The metrics of all processes. Raises UnavailableError without a parent to add them up."""
+        """The metrics of all processes. Raises UnavailableError when the parent is gone, or cannot tell them."""
         if not self._has_parent:
             raise _alone()
-        number = next(self._numbers)
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._scrapes[number] = answer
-        try:
-            self._link.send(gateway_pb2.ChildMessage(scrape=gateway_pb2.PullMetrics(number=number)))
-            return await answer
-        finally:
-            del self._scrapes[number]
+        if self._page is None:
+            self._scrape_number += 1
+            self._link.send(gateway_pb2.ChildMessage(scrape=gateway_pb2.PullMetrics(number=self._scrape_number)))
+            self._page = asyncio.get_running_loop().create_future()
+        page, text = self._page, b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SCRAPE_S):
+                text = await asyncio.shield(page)  # others wait for the same
+        if self._page is page:  # it did not come; who asks next asks anew
+            self._page = None
+        if not text:
+            raise _untold() if self._has_parent else _alone()
+        return text
 
     async def drain(self, *, timeout_s: float) -> None:
         """As in one process; without a parent it also closes the doors, for who comes after it."""
@@ -125,10 +137,15 @@ class ChildGateway(Gateway):
                 page = gateway_pb2.MetricsPage(number=message.pull.number, text=self.metrics.render())
                 self._link.send(gateway_pb2.ChildMessage(own_metrics=page))
             case "page":
-                if (scrape := self._scrapes.get(message.page.number)) is not None and not scrape.done():
-                    scrape.set_result(message.page.text)
+                if message.page.number == self._scrape_number:
+                    self._answer_scrape(message.page.text)
             case _:
                 follow(self.workers, message)
+
+    def _answer_scrape(self, text: bytes) -> None:
+        page, self._page = self._page, None
+        if page is not None:
+            page.set_result(text)
 
     async def _tell_sessions(self) -> None:
         """Tells the parent which sessions are open, whenever that changes."""
@@ -152,6 +169,10 @@ def _alone() -> UnavailableError:
     return UnavailableError("this process is about to end, and another one will tell; ask again")
 
 
+def _untold() -> UnavailableError:
+    return UnavailableError("the metrics of all processes cannot be told now; the gateway's log says why")
+
+
 def main(link_fd: int, listener_fd: int) -> int:
     """Runs a child until its parent ends it or has ended; the exit code. Raises OperatorError."""
     uvloop.run(_serve(link_fd, listener_fd))
@@ -165,7 +186,7 @@ async def _serve(link_fd: int, listener_fd: int) -> None:
         return
     config = decode(GatewayConfig, first.start.config)
     rpc_logging.configure(f"gateway-{first.start.index}", config.log_level)
-    ends: asyncio.Queue[str] = asyncio.Queue()
+    ends = Ends()
     model = load_model(config, digest=first.start.model_digest)
     child = ChildGateway(config, model, link=link, listener=socket.socket(fileno=listener_fd))
     follow_parent = asyncio.create_task(child.follow_parent(ends), name="follow-parent")

@@ -17,7 +17,10 @@ class ChildProcess:
     """A process that was started, until it is gone."""
 
     def __init__(self, *, link: socket.socket, listener: socket.socket) -> None:
-        """Starts a child with its end of the link and its listening socket; both stay the caller's here."""
+        """Starts a child with its end of the link and its listening socket; both stay the caller's here.
+
+        Raises OSError when the system has no room for it; then there is none.
+        """
         inherited = (link.fileno(), listener.fileno())
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, our module, numbers
             [sys.executable, "-m", "gateway.child", *map(str, inherited)],
@@ -26,6 +29,12 @@ class ChildProcess:
             start_new_session=True,  # the terminal's Ctrl-C is for the parent alone
             env=child_environment(),
         )
+        try:
+            self._descriptor = os.pidfd_open(self._process.pid)
+        except OSError:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     @property
     def pid(self) -> int:
@@ -37,17 +46,13 @@ class ChildProcess:
         self._process.send_signal(number)
 
     async def wait(self) -> int:
-        """Returns when it has ended: its exit code, or minus the number of the signal that ended it."""
+        """Returns when it has ended: its exit code, or minus the number of the signal that ended it. Once."""
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
-        if (status := self._process.poll()) is not None:
-            return status
-        # Not reaped yet, so the number is still its own, ended or not.
-        descriptor = os.pidfd_open(self._process.pid)
+        loop.add_reader(self._descriptor, ended.set)
         try:
-            loop.add_reader(descriptor, ended.set)
             await ended.wait()
         finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+            loop.remove_reader(self._descriptor)
+        os.close(self._descriptor)
         return self._process.wait()

@@ -10,19 +10,19 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from gateway.child_ends import ChildEnd, ChildEndedError, ChildNotStartedError, is_final_at_start, is_final_later
 from gateway.child_process import ChildProcess
 from gateway.link import Link, LinkError
 from gateway.membership import Worker
-from gateway.pulls import Pulls
-from gateway.totals import Totals
-from staffetta.exits import ExitCode, OperatorError
-from staffetta.restart import Backoff, describe_status, final_code
+from gateway.scrapes import Scrapes
+from staffetta.exits import OperatorError
+from staffetta.restart import Backoff
 from staffetta.v1 import gateway_pb2
 
 PULL_S: Final = 1.0
@@ -31,26 +31,11 @@ MAX_UNANSWERED: Final = 10
 """Pulls in a row after which a child is taken for wedged: its event loop answers between any two things it does."""
 START_S: Final = 60.0
 """What a child gets to open its doors: it imports, and reads the model's small files."""
-SCRAPE_S: Final = 1.0
-"""How long a scrape waits for children that are busy; the page then has what they told last."""
 _LAST_WORDS_S: Final = 2.0
 
 ChildLink = Link[gateway_pb2.ChildMessage, gateway_pb2.ParentMessage]
 
 log = logging.getLogger(__name__)
-
-
-class ChildEndedError(OperatorError):
-    """A child ended before the gateway was ready, and would again."""
-
-    def __init__(self, index: int, status: int, code: ExitCode) -> None:
-        super().__init__(
-            "GATEWAY_PROCESS",
-            f"process {index} of the gateway ended by {describe_status(status)}, and would again",
-            why="it has said why itself, above",
-            fix="staffetta gateway --log-level debug",
-        )
-        self.exit_code = code
 
 
 @dataclass(slots=True, eq=False)
@@ -66,8 +51,6 @@ class Child:
     """In this life."""
     sessions: frozenset[tuple[str, str]] = frozenset()
     """Decode workers that it has a session to, each with its incarnation."""
-    page: bytes = b""
-    """Its metrics as it told them last."""
     num_unanswered: int = 0
     started_at: float = 0.0
     num_early_ends: int = 0
@@ -94,13 +77,18 @@ class Children:
         self._children = [Child(index, listener) for index, listener in enumerate(listeners)]
         self._start_of = start_of
         self._so_far = so_far
-        self._totals = Totals()
         self._ends: dict[str, int] = {}
-        self._pulls: Pulls[Child] = Pulls()
+        self._scrapes = Scrapes(
+            serving=lambda: [child.index for child in self._children if child.is_ready],
+            tell=self.tell,
+            own=self._own_metrics,
+        )
         self._change = asyncio.Event()
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: asyncio.Future[OperatorError] = asyncio.get_running_loop().create_future()
+        self._has_started = False
+        self.failure: Final[asyncio.Future[OperatorError]] = asyncio.get_running_loop().create_future()
+        """Done once a child can be kept no more: the gateway has to end."""
 
     async def start(self) -> None:
         """Returns once every child's doors are open. Raises OperatorError when that will never be."""
@@ -109,11 +97,12 @@ class Children:
         self._spawn(self._watch(), name="children-watch")
         while not all(child.is_ready for child in self._children):
             change = asyncio.create_task(self._change.wait())
-            waits: set[asyncio.Future[Any]] = {change, self._failure}
+            waits: set[asyncio.Future[Any]] = {change, self.failure}
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             change.cancel()
-            if self._failure.done():
-                raise self._failure.result()
+            if self.failure.done():
+                raise self.failure.result()
+        self._has_started = True
 
     def tell(self, message: gateway_pb2.ParentMessage) -> None:
         """Sends a message to every child that has been told what came before it."""
@@ -126,11 +115,6 @@ class Children:
         session = (worker.worker_id, worker.announcement.identity.incarnation)
         serving = [child for child in self._children if child.is_ready]
         return bool(serving) and all(session in child.sessions for child in serving)
-
-    async def scrape(self) -> bytes:
-        """The metrics of all: of a busy child as it told them last, of an ended one what it had counted."""
-        await self._pull(SCRAPE_S)
-        return self._totals.page([child.page for child in self._children if child.page], self._own_metrics())
 
     def terminate(self) -> None:
         """Sends SIGTERM to every child: the first drains it, the second ends it at once. None starts again."""
@@ -162,31 +146,37 @@ class Children:
     async def _keep(self, child: Child) -> None:
         """Keeps one child until everything ends."""
         while not self._stopping.is_set():
-            status = await self._live(child)
+            end: ChildEnd
+            try:
+                end = ChildEndedError(child.index, await self._live(child))
+            except OSError as error:
+                end = ChildNotStartedError(child.index, error)
             if self._stopping.is_set():
                 return
-            how = describe_status(status)
-            self._ends[how] = self._ends.get(how, 0) + 1
+            self._ends[end.how] = self._ends.get(end.how, 0) + 1
             child.num_early_ends = 0 if child.has_served else child.num_early_ends + 1
-            code = final_code(status, num_early_ends=child.num_early_ends)
-            if code is not None and not child.has_served and not self._failure.done():
-                self._failure.set_result(ChildEndedError(child.index, status, code))
+            if not child.has_served and self._is_final(end, child.num_early_ends):
+                self._fail(end)
             delay_s = child.backoff.next_delay(asyncio.get_running_loop().time() - child.started_at)
-            log.warning("process %d ended by %s; it starts again in %.1f s", child.index, how, delay_s)
+            log.warning("%s; another starts in %.1f s", end.what, delay_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay_s):
                     await self._stopping.wait()
 
     async def _live(self, child: Child) -> int:
-        """One life of a child, from its start to its end; its exit status."""
+        """One life of a child, from its start to its end; its exit status. Raises OSError when it cannot begin."""
+        child.started_at = asyncio.get_running_loop().time()
+        child.has_served = False
+        child.num_unanswered = 0
         ours, theirs = socket.socketpair()
         with theirs:
-            child.started_at = asyncio.get_running_loop().time()
-            child.has_served = False
-            child.num_unanswered = 0
-            child.process = process = ChildProcess(link=theirs, listener=child.listener)
-            log.info("process %d has pid %d", child.index, process.pid)
-        link = await ChildLink.open(ours, gateway_pb2.ChildMessage)
+            link = await ChildLink.open(ours, gateway_pb2.ChildMessage)
+            try:
+                child.process = process = ChildProcess(link=theirs, listener=child.listener)
+            except OSError:
+                link.close()
+                raise
+        log.info("process %d has pid %d", child.index, process.pid)
         if self._stopping.is_set():  # it was told of before there was a process to tell
             process.send(signal.SIGTERM)
         child.link = link
@@ -200,7 +190,8 @@ class Children:
             log.error("process %d: %s", child.index, error)
         finally:
             child.link = None
-            self._pulls.gone(child)
+            child.sessions = frozenset()
+            self._scrapes.gone(child.index)
             link.close()
         # It has closed its end, and nothing else is left for it to do.
         try:
@@ -210,8 +201,16 @@ class Children:
             process.send(signal.SIGKILL)
             status = await process.wait()
         child.process = None
-        self._retire(child)
         return status
+
+    def _is_final(self, end: ChildEnd, num_early_ends: int) -> bool:
+        if self._has_started:
+            return is_final_later(num_early_ends=num_early_ends)
+        return is_final_at_start(end, num_early_ends=num_early_ends)
+
+    def _fail(self, error: OperatorError) -> None:
+        if not self.failure.done():
+            self.failure.set_result(error)
 
     def _take(self, child: Child, said: gateway_pb2.ChildMessage) -> None:
         match said.WhichOneof("message"):
@@ -222,27 +221,13 @@ class Children:
             case "sessions":
                 child.sessions = frozenset((each.worker_id, each.incarnation) for each in said.sessions.sessions)
             case "own_metrics":
-                child.page = said.own_metrics.text
-                self._pulls.answered(child, said.own_metrics.number)
+                self._scrapes.answered(child.index, said.own_metrics)
             case "scrape":
                 self._spawn(self._serve_scrape(child, said.scrape.number), name=f"scrape-{child.index}")
 
     async def _serve_scrape(self, child: Child, number: int) -> None:
-        page = gateway_pb2.MetricsPage(number=number, text=await self.scrape())
-        if child.link is not None:
-            self._send(child, gateway_pb2.ParentMessage(page=page))
-
-    async def _pull(self, timeout_s: float) -> Collection[Child]:
-        """Asks every child for its metrics; returns when they have answered or ended, or `timeout_s` later: who has not
-        answered."""
-        number = self._pulls.ask(child for child in self._children if child.is_ready)
-        self.tell(gateway_pb2.ParentMessage(pull=gateway_pb2.PullMetrics(number=number)))
-        return await self._pulls.wait(number, timeout_s=timeout_s)
-
-    def _retire(self, child: Child) -> None:
-        self._totals.retire(child.page)
-        child.page = b""
-        child.sessions = frozenset()
+        page = gateway_pb2.MetricsPage(number=number, text=await self._scrapes.page())
+        self._send(child, gateway_pb2.ParentMessage(page=page))
 
     def _own_metrics(self) -> list[Metric]:
         serving = GaugeMetricFamily(
@@ -262,12 +247,14 @@ class Children:
         now = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(PULL_S)
-            missing = await self._pull(PULL_S)
+            missing = await self._scrapes.pull(PULL_S)
             for child in self._children:
                 # Pulls are counted, not seconds: those in which this process itself stood still are nobody's silence.
-                child.num_unanswered = child.num_unanswered + 1 if child in missing else 0
+                child.num_unanswered = child.num_unanswered + 1 if child.index in missing else 0
+                if child.process is None or self._stopping.is_set():
+                    continue
                 is_late = not child.has_served and now() - child.started_at > START_S
-                if (is_late or child.num_unanswered >= MAX_UNANSWERED) and not self._stopping.is_set():
+                if is_late or child.num_unanswered >= MAX_UNANSWERED:
                     log.error("process %d does not answer and is killed", child.index)
                     _signal(child, signal.SIGKILL)
 
@@ -288,7 +275,9 @@ class Children:
     def _on_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s is kept no more", task.get_name(), exc_info=error)
+            log.error("%s has failed", task.get_name(), exc_info=error)
+            why, fix = "a defect, whose traceback is above", "staffetta gateway --log-level debug"
+            self._fail(OperatorError("GATEWAY_PROCESS", f"{task.get_name()} has failed", why=why, fix=fix))
 
     def _notify(self) -> None:
         self._change.set()

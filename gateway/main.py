@@ -19,7 +19,11 @@ from gateway.app import Gateway, GatewayReady
 from gateway.model import load_model
 from gateway.parent import Parent
 from staffetta.config.schema import GatewayConfig
+from staffetta.exits import OperatorError
 from staffetta.rpc import logging as rpc_logging
+
+Ends = asyncio.Queue[str | OperatorError]
+"""What ends a gateway: words for the log in good order, an error when it cannot go on."""
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +32,13 @@ class Serving(Protocol):
     """What runs until it is told to end: a gateway, whichever its processes."""
 
     async def start(self) -> GatewayReady:
-        """Opens the doors. Raises OperatorError, and then leaves nothing open."""
+        """Opens the doors. Raises OperatorError; then, or given up, what is open is closed by `close`."""
 
     async def drain(self, *, timeout_s: float) -> None:
         """Takes no new requests; returns when those under way have ended, or `timeout_s` later."""
 
     async def close(self) -> None:
-        """Ends what is left."""
+        """Ends what is left. Idempotent."""
 
 
 def main(config: GatewayConfig, *, on_ready: Callable[[GatewayReady], None] | None = None) -> int:
@@ -61,28 +65,48 @@ async def _serve(config: GatewayConfig, on_ready: Callable[[GatewayReady], None]
         if on_ready is not None:
             on_ready(ready)
 
-    serving = Gateway(config, model) if config.workers == 1 else Parent(config, model)
-    await serve_until_told(serving, asyncio.Queue(), drain_s=config.drain_s, on_ready=tell)
+    ends = Ends()
+    serving = Gateway(config, model) if config.workers == 1 else Parent(config, model, on_failure=ends.put_nowait)
+    await serve_until_told(serving, ends, drain_s=config.drain_s, on_ready=tell)
 
 
 async def serve_until_told(
-    serving: Serving, ends: "asyncio.Queue[str]", *, drain_s: float, on_ready: Callable[[GatewayReady], None]
+    serving: Serving, ends: Ends, *, drain_s: float, on_ready: Callable[[GatewayReady], None]
 ) -> None:
-    """Serves until something ends it, a signal or what is put into `ends`: the first drains, the second ends at once.
+    """Serves until something ends it, a signal or what is put into `ends`: the first drains, or gives up a start that
+    is not over yet; the second ends at once.
 
-    Raises OperatorError when it cannot start.
+    Raises OperatorError when it cannot start, and the one that has ended it.
     """
     with _signals_into(ends):
-        ready = await serving.start()
         try:
+            if (ready := await _start(serving, ends)) is None:
+                return
             on_ready(ready)
-            log.info("%s: draining for up to %g s", await ends.get(), drain_s)
+            end = await ends.get()
+            log.info("%s: draining for up to %g s", end.what if isinstance(end, OperatorError) else end, drain_s)
             await _drain(serving, ends, timeout_s=drain_s)
         finally:
             await serving.close()
+    if isinstance(end, OperatorError):
+        raise end
 
 
-async def _drain(serving: Serving, ends: "asyncio.Queue[str]", *, timeout_s: float) -> None:
+async def _start(serving: Serving, ends: Ends) -> GatewayReady | None:
+    """Opens the doors; None when something ended it before."""
+    start = asyncio.create_task(serving.start(), name="start")
+    first = asyncio.create_task(ends.get(), name="first-signal")
+    await asyncio.wait((start, first), return_when=asyncio.FIRST_COMPLETED)
+    if first.done():
+        log.info("%s: the start is given up", first.result())
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        return None
+    first.cancel()
+    return start.result()
+
+
+async def _drain(serving: Serving, ends: Ends, *, timeout_s: float) -> None:
     """Waits for requests under way, until they have ended, the time is up, or it is to end at once."""
     drain = asyncio.create_task(serving.drain(timeout_s=timeout_s), name="drain")
     second = asyncio.create_task(ends.get(), name="second-signal")
@@ -93,7 +117,7 @@ async def _drain(serving: Serving, ends: "asyncio.Queue[str]", *, timeout_s: flo
 
 
 @contextlib.contextmanager
-def _signals_into(ends: "asyncio.Queue[str]") -> Iterator[None]:
+def _signals_into(ends: Ends) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     caught = (signal.SIGTERM, signal.SIGINT)
     for number in caught:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import secrets
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -27,10 +28,11 @@ from gateway.shared_port import hold, listen
 from staffetta.address import Address, cannot_listen, parse_address
 from staffetta.config.resolved import encode
 from staffetta.config.schema import GatewayConfig
-from staffetta.exits import UsageError
+from staffetta.exits import OperatorError, UsageError
 from staffetta.hashing import key_fingerprint
 from staffetta.rpc.server import BindError, RpcServer
 from staffetta.v1 import gateway_pb2, registry_pb2, registry_pb2_grpc
+from staffetta.validate import MAX_CHOICES
 
 _MAX_CALLS: Final = 4096
 """At the registry's door: a stream for each worker, and who asks for the list."""
@@ -46,15 +48,19 @@ log = logging.getLogger(__name__)
 class Parent:
     """The parent of a gateway's processes."""
 
-    def __init__(self, config: GatewayConfig, model: Model) -> None:
-        """Raises UsageError for more processes than requests."""
-        if config.workers > config.max_requests:
+    def __init__(self, config: GatewayConfig, model: Model, *, on_failure: Callable[[OperatorError], None]) -> None:
+        """`on_failure` is told once, after the start, when a child is not coming back: then the gateway has to end.
+
+        Raises UsageError for so many processes that one of them could never take a request with all its choices.
+        """
+        if config.max_requests < config.workers * MAX_CHOICES:
             raise UsageError(
                 "TOO_MANY_PROCESSES",
                 f"{config.workers} processes cannot share {config.max_requests} requests",
-                why="every process needs at least one of max_requests",
-                fix=f"--workers {config.max_requests}",
+                why=f"max_requests is divided, and every process needs {MAX_CHOICES}: the choices of one request",
+                fix=f"--workers {max(1, config.max_requests // MAX_CHOICES)}",
             )
+        self._on_failure = on_failure
         # As in a gateway of one process: nobody else has a key that is drawn here, but all the children must.
         self._config = replace(config, cluster_key=config.cluster_key or secrets.token_hex(32))
         self._model_digest = model.digest
@@ -121,6 +127,7 @@ class Parent:
             so_far=self.roster.so_far,
         )
         await self._children.start()
+        self._children.failure.add_done_callback(lambda failure: self._on_failure(failure.result()))
         await self._rpc.set_serving()
         return ready
 

@@ -8,18 +8,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.parent import Parent
+from staffetta.config.schema import GatewayConfig
+from staffetta.exits import OperatorError
 from staffetta.rpc.channel import open_channel
 from staffetta.v1 import registry_pb2, registry_pb2_grpc
 from tests.gateway.fakes import CLUSTER_KEY, HEARTBEAT_S, FakeDecodeWorker
-from tests.gateway.running import TIMEOUT_S, demo_model, eventually
+from tests.gateway.running import CONFIG, TIMEOUT_S, demo_model, eventually
 
 NUM_CHILDREN = 2
 READY = "model demo, REST on http://"
+SEVERAL = replace(CONFIG, workers=NUM_CHILDREN, registry="127.0.0.1:0")
 
 
 @dataclass
@@ -64,6 +68,11 @@ class Processes:
         """Waits until so many children serve."""
         while (await self.scrape())["staffetta_gateway_processes"] != num_children:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.01)
+
+
+def make_parent(config: GatewayConfig = SEVERAL, *, failures: list[OperatorError] | None = None) -> Parent:
+    """A parent in this process, not started; what ends it is noted in `failures`."""
+    return Parent(config, demo_model(), on_failure=([] if failures is None else failures).append)
 
 
 def command(*flags: str) -> list[str]:

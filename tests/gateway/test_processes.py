@@ -15,20 +15,30 @@ import psutil
 import pytest
 
 from gateway import children
-from gateway.children import ChildEndedError
-from gateway.parent import Parent
+from gateway.child_ends import ChildEndedError
 from staffetta.config.load import load_role
 from staffetta.config.schema import GatewayConfig
 from staffetta.exits import ExitCode, PortError, UsageError
 from staffetta.rpc.channel import open_channel
 from staffetta.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from tests.gateway.fakes import CLUSTER_KEY
-from tests.gateway.processes import NUM_CHILDREN, Processes, ask, command, fake_worker, started, stream, until_started
-from tests.gateway.running import CONFIG, asynchronous, demo_model, eventually, generate, ids_of
+from tests.gateway.processes import (
+    NUM_CHILDREN,
+    SEVERAL,
+    Processes,
+    ask,
+    command,
+    fake_worker,
+    make_parent,
+    started,
+    stream,
+    until_started,
+)
+from tests.gateway.running import asynchronous, eventually, generate, ids_of
 
 TEXT = "one two three"
 NUM_STREAMS = 24
-"""Of which, by chance, all but one in eight million share a process out of two."""
+"""Of which, by chance, each process of two has at least two, but for one time in 340,000."""
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +218,8 @@ def test_processes_whose_parent_was_killed_finish_what_they_have_and_leave_the_d
 async def test_a_process_that_answers_nothing_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(children, "PULL_S", 0.2)
     monkeypatch.setattr(children, "MAX_UNANSWERED", 3)
-    config = replace(CONFIG, workers=2, registry="127.0.0.1:0")
     before = psutil.Process().children()
-    parent = Parent(config, demo_model())
+    parent = make_parent()
     try:
         ready = await parent.start()
         frozen = next(child for child in psutil.Process().children() if child not in before)
@@ -228,7 +237,7 @@ async def test_a_process_that_answers_nothing_is_followed_by_another(monkeypatch
 @asynchronous
 async def test_a_drain_that_nobody_waits_for_any_more_leaves_the_processes_their_last_words() -> None:
     before = psutil.Process().children()
-    parent = Parent(replace(CONFIG, workers=2, registry="127.0.0.1:0"), demo_model())
+    parent = make_parent()
     await parent.start()
     stuck = next(child for child in psutil.Process().children() if child not in before)
     stuck.suspend()
@@ -248,7 +257,7 @@ def test_a_taken_port_is_the_operators_error_with_a_fix(flag: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(PortError) as refusal:
-            start_in_vain(replace(CONFIG, workers=2, **{"registry": "127.0.0.1:0", flag: address}))  # type: ignore[arg-type]
+            start_in_vain(replace(SEVERAL, **{flag: address}))  # type: ignore[arg-type]
     assert refusal.value.fix == f"--{flag} 127.0.0.1:0"
 
 
@@ -259,10 +268,16 @@ def test_a_second_gateway_of_several_processes_does_not_share_the_first_ones_por
         assert done.stderr.startswith("error[PORT_IN_USE]")
 
 
-def test_more_processes_than_requests_are_the_operators_error() -> None:
+@pytest.mark.parametrize(("num_requests", "fix"), [(47, "--workers 2"), (2, "--workers 1")])
+def test_more_processes_than_the_requests_suffice_for_are_the_operators_error(num_requests: int, fix: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        start_in_vain(replace(CONFIG, workers=3, max_requests=2))
-    assert refusal.value.fix == "--workers 2"
+        start_in_vain(replace(SEVERAL, workers=3, max_requests=num_requests))
+    assert refusal.value.fix == fix
+
+
+@asynchronous
+async def test_so_few_requests_that_each_process_can_take_one_with_all_its_choices_suffice() -> None:
+    make_parent(replace(SEVERAL, workers=3, max_requests=48))
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "65", "two"])
@@ -277,11 +292,11 @@ async def test_a_child_that_cannot_start_is_the_gateways_failure(monkeypatch: py
     monkeypatch.setattr(sys, "executable", "/bin/false")
     before = psutil.Process().children()
     with pytest.raises(ChildEndedError) as refusal:
-        await Parent(replace(CONFIG, workers=2, registry="127.0.0.1:0"), demo_model()).start()
+        await make_parent().start()
     assert refusal.value.exit_code is ExitCode.FAILURE
     assert psutil.Process().children() == before
 
 
 @asynchronous
 async def start_in_vain(config: GatewayConfig) -> None:
-    await Parent(config, demo_model()).start()
+    await make_parent(config).start()
