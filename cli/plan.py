@@ -80,9 +80,11 @@ def plan_serve(
     config = serve.config
     threads = plan_threads(len(surroundings.cpus), num_prefill=config.prefill, num_decode=config.decode)
     log_level = "warning" if serve.origins["log_level"].kind is OriginKind.DEFAULT else config.log_level
-    doors: dict[str, Any] = {"http": surroundings.http, "grpc": surroundings.grpc, "workers": gateway.config.workers}
-    if serve.origins["gateway_workers"].kind is not OriginKind.DEFAULT:
-        doors["workers"] = config.gateway_workers
+    doors: dict[str, Any] = {
+        "http": surroundings.http,
+        "grpc": surroundings.grpc,
+        "workers": num_gateway_processes(serve, gateway),
+    }
     if doors["workers"] > 1:
         doors["registry"] = surroundings.registry
     shared: dict[str, Any] = {"cluster_key": surroundings.cluster_key, "log_level": log_level}
@@ -150,6 +152,13 @@ def plan_threads(num_cores: int, *, num_prefill: int, num_decode: int) -> dict[s
         role: max(1, share, min(2, num_cores // max(1, count)))
         for role, count in (("prefill", num_prefill), ("decode", num_decode))
     }
+
+
+def num_gateway_processes(serve: Loaded[ServeConfig], gateway: Loaded[GatewayConfig]) -> int:
+    """How many processes the gateway has: as serve was told, else as the gateway's own settings say."""
+    if serve.origins["gateway_workers"].kind is not OriginKind.DEFAULT:
+        return serve.config.gateway_workers
+    return gateway.config.workers
 
 
 def registry_of(gateway: GatewayConfig) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from cli.model import find_model
 from cli.output import Output, say
-from cli.plan import ServePlan, Surroundings, dialable, plan_serve
+from cli.plan import ServePlan, Surroundings, dialable, num_gateway_processes, plan_serve
 from cli.ports import choose_port
 from cli.runtime_dir import private_directory
 from cli.supervisor import ChildRefusedError, Entries, Supervisor
@@ -62,11 +62,18 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
             shm_dir=str(directory),
             cluster_key=config.cluster_key or secrets.token_hex(32),
             cpus=tuple(sorted(os.sched_getaffinity(0))),
-            registry=choose_port("127.0.0.1:0", "--registry"),
+            registry=choose_registry(loaded, flags.config),
         )
         plan = make_plan(loaded, flags.config, surroundings)
         session = _Serve(config, plan, output=output, started=started)
         return asyncio.run(session.run(entries or Entries()))
+
+
+def choose_registry(serve: Loaded[ServeConfig], config_file: str) -> str:
+    """Where workers register with a gateway of several processes; with one nobody takes a port for it."""
+    gateway = resolve(GatewayConfig, argparse.Namespace(config=config_file))
+    several = num_gateway_processes(serve, gateway) > 1
+    return choose_port("127.0.0.1:0", "--gateway-workers") if several else "127.0.0.1:0"
 
 
 def make_plan(serve: Loaded[ServeConfig], config_file: str, surroundings: Surroundings) -> ServePlan:

@@ -236,7 +236,8 @@ async def _until_open(registry: str, num_workers: int) -> None:
 
 def measure_gateway(setup: Setup, *, num_steps: int, step_s: float) -> Figures:
     """The way through a gateway of its own."""
-    ports = (f"--{door}=127.0.0.1:0" for door in ("http", "grpc", "registry"))
+    doors = ("http", "grpc", "registry") if setup.num_processes > 1 else ("http", "grpc")
+    ports = (f"--{door}=127.0.0.1:0" for door in doors)
     flags = (f"--cluster-key={CLUSTER_KEY}", f"--heartbeat-s={HEARTBEAT_S}", f"--workers={setup.num_processes}")
     cores = range(setup.num_processes)
     with started(cores, "-m", "gateway", *ports, *flags, stderr=subprocess.PIPE) as gateway:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cli.plan import ServePlan, Surroundings, dialable, plan_serve, plan_threads
+from cli.serve import choose_registry
 from staffetta.config.flags import FlagParser, add_settings
 from staffetta.config.load import resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
@@ -70,6 +71,14 @@ def test_with_several_gateway_processes_workers_register_with_their_parent(
     assert (plan.gateway.workers, plan.registry) == (num_processes, registry)
     assert {worker.config.gateways for worker in plan.workers} == {(registry,)}
     assert (plan.gateway.http, plan.gateway.grpc) == (SURROUNDINGS.http, SURROUNDINGS.grpc)
+
+
+@pytest.mark.parametrize(("num_processes", "has_port"), [("1", False), ("2", True)])
+def test_a_port_for_the_registry_is_taken_only_where_it_has_one_of_its_own(num_processes: str, has_port: bool) -> None:
+    parser = FlagParser("serve", description="")
+    add_settings(parser, ServeConfig)
+    serve = resolve(ServeConfig, parser.parse(("--gateway-workers", num_processes)), environ={})
+    assert (choose_registry(serve, "") != "127.0.0.1:0") is has_port
 
 
 def test_cores_are_shared_out_and_nobody_gets_none() -> None:

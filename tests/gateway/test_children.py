@@ -250,6 +250,7 @@ async def test_a_process_that_cannot_follow_its_parent_ends_and_tells_who_waits(
         raise KeyError(message)
 
     monkeypatch.setattr(child, "follow", break_off)
+    monkeypatch.setattr(child, "SCRAPE_S", 60.0)
     async with linked() as (gateway, parent, ends):
         waiting = asyncio.create_task(gateway.scrape())
         await parent.receive()

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from gateway import children
+from gateway.__main__ import run_gateway
 from gateway.child_ends import ChildEndedError
 from staffetta.config.load import load_role
 from staffetta.config.schema import GatewayConfig
@@ -285,6 +286,12 @@ def test_a_number_of_processes_that_is_none_is_refused(number: str) -> None:
     with pytest.raises(UsageError) as refusal:
         load_role(GatewayConfig, ["--workers", number, "--cluster-key", CLUSTER_KEY], environ={})
     assert "workers" in str(refusal.value)
+
+
+def test_an_address_of_a_registry_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UsageError) as refusal:
+        run_gateway(["--registry", "127.0.0.1:0", "--cluster-key", CLUSTER_KEY])
+    assert refusal.value.name == "REGISTRY_UNUSED"
 
 
 @asynchronous

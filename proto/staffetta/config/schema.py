@@ -150,7 +150,10 @@ class GatewayConfig(ModelConfig):
         "127.0.0.1:50051", "host:port of the gRPC door; with one process of the registry too", form="address"
     )
     workers: int = setting(
-        1, "processes that share the doors; more than one have the registry in their parent", minimum=1, maximum=64
+        1,
+        "processes that share the doors, and divide max_requests; more than one have the registry in their parent",
+        minimum=1,
+        maximum=64,
     )
     registry: str = setting(
         "127.0.0.1:50050", "host:port where prefill and decode workers register when workers is above 1", form="address"

@@ -210,7 +210,7 @@ class MetricsPage(_message.Message):
     number: _builtins.int
     """Repeats the question's number."""
     text: _builtins.bytes
-    """Holds them as a scraper reads them."""
+    """Holds them as a scraper reads them. Empty when those of all could not be added up."""
     def __init__(
         self,
         *,
