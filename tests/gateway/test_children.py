@@ -55,6 +55,16 @@ async def test_a_system_without_room_for_a_process_is_the_failure_of_the_start(
 
 
 @asynchronous
+async def test_a_child_that_cannot_start_is_the_gateways_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    before = own_processes()
+    with pytest.raises(ChildEndedError) as refusal:
+        await make_parent().start()
+    assert refusal.value.exit_code is ExitCode.FAILURE
+    assert own_processes() == before
+
+
+@asynchronous
 async def test_room_that_is_missing_for_a_while_costs_a_gateway_that_serves_nothing_but_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

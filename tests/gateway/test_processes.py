@@ -5,7 +5,6 @@ import contextlib
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,7 +15,6 @@ import pytest
 
 from gateway import children
 from gateway.__main__ import run_gateway
-from gateway.child_ends import ChildEndedError
 from staffetta.config.load import load_role
 from staffetta.config.schema import GatewayConfig
 from staffetta.exits import ExitCode, PortError, UsageError
@@ -292,16 +290,6 @@ def test_an_address_of_a_registry_that_there_is_not_is_refused() -> None:
     with pytest.raises(UsageError) as refusal:
         run_gateway(["--registry", "127.0.0.1:0", "--cluster-key", CLUSTER_KEY])
     assert refusal.value.name == "REGISTRY_UNUSED"
-
-
-@asynchronous
-async def test_a_child_that_cannot_start_is_the_gateways_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    before = psutil.Process().children()
-    with pytest.raises(ChildEndedError) as refusal:
-        await make_parent().start()
-    assert refusal.value.exit_code is ExitCode.FAILURE
-    assert psutil.Process().children() == before
 
 
 @asynchronous
