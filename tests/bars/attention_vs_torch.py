@@ -12,7 +12,6 @@ what noise explains.
 import argparse
 import itertools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.backend import Spans
 from kernels.cpu.backend import CpuBackend
+from tests.bars.turns import alternate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 COLD_BYTES = 96 << 20
@@ -175,16 +175,6 @@ def _fastest(ways: dict[str, Callable[[], object]]) -> str:
     return min(best, key=best.__getitem__)
 
 
-def _alternate(first: Callable[[], object], second: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Median seconds of each, called in turns for about `seconds`."""
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for function, durations in zip((first, second), times, strict=True):
-            durations.append(_seconds(function))
-    return statistics.median(times[0]), statistics.median(times[1])
-
-
 class Limits(NamedTuple):
     """What the machine can do, by torch: bytes read and float32 operations, per second."""
 
@@ -221,7 +211,7 @@ def main() -> int:
             continue
         ways = _torch_ways(case)
         way = _fastest(ways)
-        ours, theirs = _alternate(_ours(case, backend), ways[way], options.seconds)
+        ours, theirs = alternate(_ours(case, backend), ways[way], seconds=options.seconds)
         ratios.append(theirs / ours)
         share = case.kv_bytes / ours / limits.bandwidth
         if case.shape.queries > 1:

@@ -10,7 +10,6 @@ other work, `--clock cpu` compares the time that either spends on processors ins
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch.nn import functional
 from kernels.backend import WeightFormat
 from kernels.cpu.backend import CpuBackend
 from kernels.reference import quantize_rows
+from tests.bars.turns import Clock, alternate
 
 ROWS = (1, 4, 16, 64, 256, 512, 2048)
 LAYERS = {"qkv": (1024, 4096), "o": (2048, 1024), "gate+up": (1024, 6144), "down": (3072, 1024), "head": (1024, 32_000)}
@@ -81,22 +81,7 @@ PEERS = {
 }
 
 
-Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-def _alternate(
-    first: Callable[[], object], second: Callable[[], object], seconds: float, clock: Clock
-) -> tuple[float, float]:
-    """Median seconds of each on `clock`, called in turns for about `seconds`."""
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 5:
-        for function, durations in zip((first, second), times, strict=True):
-            start = clock()
-            function()
-            durations.append(clock() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def main() -> int:
@@ -118,8 +103,8 @@ def main() -> int:
     print(f"{'':20}" + "".join(f"{f'M = {rows}':>24}" for rows in ROWS))
     for peer_name in options.peers:
         for name in options.layers:
-            alternate = partial(_alternate, seconds=options.seconds, clock=CLOCKS[options.clock])
-            cells = _row(PEERS[peer_name], name, backend, copies=options.copies, alternate=alternate)
+            compare = partial(alternate, seconds=options.seconds, clock=CLOCKS[options.clock])
+            cells = _row(PEERS[peer_name], name, backend, copies=options.copies, compare=compare)
             if PEERS[peer_name].is_judged:
                 smallest = min(smallest, *(theirs / ours for ours, theirs in cells))
             text = "".join(f"{ours * 1e6:8.0f} /{theirs * 1e6:8.0f} ={theirs / ours:5.2f}" for ours, theirs in cells)
@@ -134,7 +119,7 @@ def _row(
     backend: CpuBackend,
     *,
     copies: int,
-    alternate: Callable[[Callable[[], object], Callable[[], object]], tuple[float, float]],
+    compare: Callable[[Callable[[], object], Callable[[], object]], tuple[float, float]],
 ) -> list[tuple[float, float]]:
     """One layer: median seconds of ours and the other's for each number of rows."""
     inputs, outputs = LAYERS[name]
@@ -148,7 +133,7 @@ def _row(
         x = torch.randn(rows, inputs).to(peer.dtype)
         ours = _in_turn([partial(layer, x) for layer in layers])
         theirs = _in_turn([on_rows(x) for on_rows in others])
-        cells.append(alternate(ours, theirs))
+        cells.append(compare(ours, theirs))
     return cells
 
 
