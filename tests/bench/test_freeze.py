@@ -17,6 +17,9 @@ from bench.target import TargetError
 from staffetta.exits import UsageError
 from tests.bench.processes import parent_and_child, states
 
+TICK_S = 2 / os.sysconf("SC_CLK_TCK")
+"""The kernel counts user and system time in whole ticks each."""
+
 
 def test_only_the_server_whose_turn_it_is_runs() -> None:
     with parent_and_child() as one, parent_and_child() as other:
@@ -143,13 +146,23 @@ def test_servers_that_never_rest_are_not_waited_for_beyond_the_limit(monkeypatch
 
 
 def test_processor_time_is_that_of_all_descendants() -> None:
-    with parent_and_child() as (parent, child), Turns({"one": parent}):
-        each = [cpu_seconds([pid]) for pid in (parent, child)]
-        assert cpu_seconds([parent]) == each[0] >= each[1]
-        assert each[0] > 0.0
+    busy = "import time\nwhile time.process_time() < 0.1: pass\n"
+    child = f"{busy}print(flush=True); input()"
+    parent = f"import subprocess, sys\n{busy}subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen(
+        [sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()
+        with Turns({"one": process.pid}):
+            own = [found.cpu_s for found in process_tree(process.pid)]
+            assert len(own) == 2
+            assert min(own) >= 0.1 - TICK_S
+            assert cpu_seconds([process.pid]) == pytest.approx(sum(own))
+        process.communicate("\n")
     found = read_process(os.getpid())
     assert found is not None
-    assert 0.0 < found.cpu_s <= time.process_time() + 0.02
+    assert 0.0 < found.cpu_s <= time.process_time() + TICK_S
 
 
 def test_nobody_is_waited_for_where_nobody_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
