@@ -240,10 +240,13 @@ found.serve_forever()
         with subprocess.Popen(
             [sys.executable, "-m", "bench.serve", *arguments], stderr=subprocess.PIPE, text=True
         ) as command:
-            assert served.stdout.readline() == "asked\n"
-            assert states(*idle, served.pid) == "TTr"
-            command.send_signal(number)
-            _, said = command.communicate(timeout=20)
+            try:
+                assert served.stdout.readline() == "asked\n"
+                assert states(*idle, served.pid) == "TTr"
+                command.send_signal(number)
+                _, said = command.communicate(timeout=20)
+            finally:
+                command.kill()
         assert (command.returncode, said.splitlines()[-1]) == (1, "error: stopped before the end; every server runs")
         assert states(*idle, served.pid) == "rrr"
         served.kill()
