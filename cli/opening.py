@@ -62,6 +62,8 @@ async def become_ready(
         ready_s=round(time.monotonic() - started, 3),
         http=dialable(plan.gateway.http),
         grpc=dialable(plan.gateway.grpc),
+        num_cpus=plan.num_cpus,
+        cpu_quota=plan.cpu_quota,
     )
 
 

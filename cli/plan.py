@@ -15,7 +15,7 @@ from staffetta.address import parse_address
 from staffetta.config.load import Loaded
 from staffetta.config.origin import OriginKind
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
-from staffetta.cpus import format_cpus
+from staffetta.cpus import format_cpus, usable_threads
 from staffetta.exits import UsageError
 
 T = TypeVar("T", GatewayConfig, PrefillConfig, DecodeConfig)
@@ -35,6 +35,8 @@ class Surroundings:
     """Those that this process may use."""
     registry: str = "127.0.0.1:0"
     """host:port where workers register with a gateway of several processes, its port chosen."""
+    cpu_quota: float | None = None
+    """Of their time, in CPUs, what a control group leaves to all processes together; None: all of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,10 @@ class ServePlan:
 
     gateway: GatewayConfig
     workers: tuple[WorkerPlan, ...]
+    num_cpus: int
+    """Those that all may use together."""
+    cpu_quota: float | None
+    """Of their time, in CPUs, what a control group leaves; None: all of it."""
 
     @property
     def registry(self) -> str:
@@ -78,7 +84,8 @@ def plan_serve(
 ) -> ServePlan:
     """Plans the children; `gateway`, `prefill` and `decode` are loaded without flags."""
     config = serve.config
-    threads = plan_threads(len(surroundings.cpus), num_prefill=config.prefill, num_decode=config.decode)
+    num_cores = usable_threads(len(surroundings.cpus), surroundings.cpu_quota)
+    threads = plan_threads(num_cores, num_prefill=config.prefill, num_decode=config.decode)
     log_level = "warning" if serve.origins["log_level"].kind is OriginKind.DEFAULT else config.log_level
     doors: dict[str, Any] = {
         "http": surroundings.http,
@@ -118,7 +125,12 @@ def plan_serve(
         )
         for name in (f"{role}-{number}" for number in range(count))
     ]
-    return ServePlan(gateway_config, pin(workers, surroundings.cpus) if config.pin else tuple(workers))
+    return ServePlan(
+        gateway_config,
+        pin(workers, surroundings.cpus) if config.pin else tuple(workers),
+        num_cpus=len(surroundings.cpus),
+        cpu_quota=surroundings.cpu_quota,
+    )
 
 
 def pin(workers: Sequence[WorkerPlan], cpus: Sequence[int]) -> tuple[WorkerPlan, ...]:

@@ -51,6 +51,10 @@ class ReadyFacts:
     ready_s: float
     http: str
     grpc: str
+    num_cpus: int
+    """Those that the workers may use together."""
+    cpu_quota: float | None
+    """Of their time, in CPUs, what a control group leaves; None: all of it."""
 
 
 def describe_worker(
@@ -92,6 +96,8 @@ def ready_block(facts: ReadyFacts) -> str:
         f"{worker.num_blocks:>5} KV blocks × {worker.block_size} tokens   {format_bytes(worker.pool_bytes):>8}"
         for worker in facts.workers
     ]
+    if facts.cpu_quota is not None and facts.cpu_quota < facts.num_cpus:
+        lines.append(f"  {'CPUs':<{name_width}}{facts.cpu_quota:g} of {facts.num_cpus}, by the control group's quota")
     lines += [
         f"  {'hand-off':<{name_width}}{_handoff(facts)}",
         "",

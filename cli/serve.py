@@ -24,6 +24,7 @@ from cli.supervisor import ChildRefusedError, Entries, Supervisor
 from demo import EMBEDDED
 from staffetta.config.load import Loaded, resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
+from staffetta.control_groups import cpu_quota
 from staffetta.exits import ExitCode
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
             cluster_key=config.cluster_key or secrets.token_hex(32),
             cpus=tuple(sorted(os.sched_getaffinity(0))),
             registry=choose_registry(loaded, flags.config),
+            cpu_quota=cpu_quota(),
         )
         plan = make_plan(loaded, flags.config, surroundings)
         session = _Serve(config, plan, output=output, started=started)

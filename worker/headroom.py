@@ -5,16 +5,36 @@ Only reads what the kernel says. Files that are missing, or say nothing, bound n
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Final
+from pathlib import Path
+from typing import NamedTuple
 
-_PROC: Final = Path("/proc")
-_CGROUP: Final = Path("/sys/fs/cgroup")
+from staffetta.control_groups import ROOT, ControlGroup, control_groups
 
 
-def available_bytes(proc: Path = _PROC) -> int:
+class Headroom(NamedTuple):
+    """Bytes that can still be taken, and the words that follow their number: what sets it."""
+
+    num_bytes: int
+    why: str
+
+
+def headroom(root: Path = ROOT) -> Headroom:
+    """The least of what is available and what each control group of this process has left.
+
+    `root` is where `proc` and what is mounted are found.
+    """
+    available = Headroom(available_bytes(root), "bytes of memory are available")
+    return min([available, *_left_in_groups(root)], key=lambda each: each.num_bytes)
+
+
+def headroom_bytes(root: Path = ROOT) -> int:
+    """As `headroom` says."""
+    return headroom(root).num_bytes
+
+
+def available_bytes(root: Path = ROOT) -> int:
     """Memory that can be had without swapping: free, and what the system's own caches would give back."""
-    meminfo = proc / "meminfo"
+    meminfo = root / "proc/meminfo"
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             name, _, rest = line.partition(":")
@@ -23,36 +43,24 @@ def available_bytes(proc: Path = _PROC) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def headroom_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
-    """The least of what is available and what each control group of this process has left.
-
-    A group's use includes file caches that it would give back, so there may be more.
-    """
-    return min([available_bytes(proc), *_left_in_groups(proc, cgroup)])
-
-
-def _left_in_groups(proc: Path, cgroup: Path) -> Iterator[int]:
-    """Bytes left in every control group with a limit, from the process's own to the outermost that is visible."""
-    membership = proc / "self/cgroup"
-    for line in membership.read_text().splitlines() if membership.exists() else ():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":  # version 2
-            mount, names = cgroup, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            mount, names = cgroup / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        own = PurePosixPath(path)
-        for group in (own, *own.parents):
-            # In a container the path may be one of the host's, and the container's own group is the mount itself.
-            limit, used = (_number(mount / group.relative_to("/") / name) for name in names)
-            if limit is not None and used is not None:
-                yield max(0, limit - used)
+def _left_in_groups(root: Path) -> Iterator[Headroom]:
+    """What is left in every control group with a limit, from the process's own to the outermost that is visible."""
+    for group in control_groups("memory", root):
+        limit, used = (group.number(name) for name in _FILES[group.version])
+        if limit is not None and used is not None:
+            left = max(0, limit - max(0, used - _file_bytes(group)))
+            why = f"bytes are left of the {limit} that control group {group.directory} may take"
+            yield Headroom(left, why)
 
 
-def _number(file: Path) -> int | None:
-    """What a control file holds; None for "max", or when there is no such file."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
+_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
+"""By version: a group's limit and its use, which includes caches of files."""
+_PREFIX = {1: "total_", 2: ""}
+"""By version: before a figure of a group and all below it."""
+
+
+def _file_bytes(group: ControlGroup) -> int:
+    """Caches of files, which a group at its limit gives back."""
+    figures = dict(line.split(" ", 1) for line in group.text("memory.stat").splitlines())
+    prefix = _PREFIX[group.version]
+    return sum(int(figures.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))

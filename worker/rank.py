@@ -25,14 +25,16 @@ from kvtransfer.ticket import TicketBook
 from kvtransfer.transport import KVExporter, export
 from staffetta.cache_dir import open_cache
 from staffetta.config.schema import WorkerConfig
-from staffetta.cpus import format_cpus, parse_cpus
+from staffetta.control_groups import cpu_quota
+from staffetta.cpus import format_cpus, parse_cpus, usable_threads
 from staffetta.digest_memo import remembered_digest
-from staffetta.exits import DoesNotFitError, UsageError
+from staffetta.exits import UsageError
 from staffetta.hashing import BlockHasher, key_fingerprint
 from staffetta.v1 import common_pb2
 from staffetta.validate import Limits
 from worker.codec import layout_to_proto
-from worker.headroom import available_bytes
+from worker.fitting import check_memory, weight_bytes
+from worker.headroom import headroom
 from worker.pool_pages import PoolPages
 
 log = logging.getLogger(__name__)
@@ -126,13 +128,17 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
     model_config = ModelConfig.from_directory(directory)
     cache = open_cache(config.cache_dir, model=directory)
     digest = remembered_digest(directory, cache)
-    layout = model_config.kv_layout(
-        block_size=config.block_size, dtype=resolve_dtype(config.dtype), model_digest=digest
-    )
-    cpus = _usable_cpus(config)
+    dtype = resolve_dtype(config.dtype)
+    layout = model_config.kv_layout(block_size=config.block_size, dtype=dtype, model_digest=digest)
+    threads = _num_threads(config, quota=cpu_quota())
     num_blocks = config.num_blocks or config.kv_memory // layout.page_bytes
-    pool_bytes = num_blocks * layout.page_bytes
-    _check_pool(config, num_blocks=num_blocks, pool_bytes=pool_bytes, page_bytes=layout.page_bytes)
+    check_memory(
+        config,
+        num_blocks=num_blocks,
+        page_bytes=layout.page_bytes,
+        num_weight_bytes=weight_bytes(model_config, dtype=dtype, quantization=config.quantization),
+        left=headroom(),
+    )
     memory = PoolMemory(num_blocks, layout.page_bytes)
     try:
         runner = load_runner(
@@ -141,7 +147,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
             layout,
             pool=memory.buffer,
             num_blocks=num_blocks,
-            threads=config.threads or len(cpus),
+            threads=threads,
             device="cpu",
             quantization=config.quantization,
             cache=cache,
@@ -212,6 +218,22 @@ def open_exporters(rank: Rank) -> list[KVExporter]:
     return exporters
 
 
+def _num_threads(config: WorkerConfig, *, quota: float | None) -> int:
+    """How many threads compute, where `quota` CPUs' time is left. Raises UsageError for CPUs that cannot be had."""
+    cpus = _usable_cpus(config)
+    usable = usable_threads(len(cpus), quota)
+    threads = config.threads or usable
+    bound = "" if quota is None else f", of whose time the control group's quota leaves {quota:g}"
+    log.info("computes on %d threads, with %d CPUs%s", threads, len(cpus), bound)
+    if quota is not None and threads > usable:
+        log.warning(
+            "%d threads use up the control group's quota of %g CPUs before its period is over, and then all stop: "
+            "--threads %d, or a larger quota",
+            threads, quota, usable,
+        )  # fmt: skip
+    return threads
+
+
 def _usable_cpus(config: WorkerConfig) -> frozenset[int]:
     """Those that the engine is to keep to, else all that the process may use."""
     available = frozenset(os.sched_getaffinity(0))
@@ -231,24 +253,6 @@ def _usable_cpus(config: WorkerConfig) -> frozenset[int]:
             fix=f"--threads {len(wanted)}, or more --cpus",
         )
     return wanted or available
-
-
-def _check_pool(config: WorkerConfig, *, num_blocks: int, pool_bytes: int, page_bytes: int) -> None:
-    available = available_bytes()
-    if num_blocks < 1:
-        raise DoesNotFitError(
-            "KV_POOL_TOO_SMALL",
-            f"the KV pool of {config.kv_memory} bytes holds no block",
-            why=f"one block of {config.block_size} tokens has {page_bytes} bytes",
-            fix=f"--kv-memory {64 * page_bytes}",
-        )
-    if pool_bytes > available:
-        raise DoesNotFitError(
-            "KV_POOL_TOO_LARGE",
-            f"the KV pool has {pool_bytes} bytes",
-            why=f"{available} bytes of memory are available",
-            fix=f"--num-blocks {max(1, available // 2 // page_bytes)}",
-        )
 
 
 def _role_name(role: common_pb2.WorkerRole.ValueType) -> str:

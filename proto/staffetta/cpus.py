@@ -1,5 +1,6 @@
-"""Sets of a machine's CPUs as text: `0-3,8`. Pure."""
+"""Sets of a machine's CPUs as text: `0-3,8`; how many threads they run. Pure."""
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -30,3 +31,11 @@ def format_cpus(cpus: Iterable[int]) -> tuple[str, ...]:
         else:
             runs.append((cpu, cpu))
     return tuple(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def usable_threads(num_cpus: int, quota: float | None) -> int:
+    """How many threads can compute on so many CPUs, within a quota of their time in CPUs; None: all of it.
+
+    A part of a CPU counts as one: all together are stopped for the rest of a period only once they have used it up.
+    """
+    return num_cpus if quota is None else max(1, min(num_cpus, math.ceil(quota)))

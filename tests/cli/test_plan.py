@@ -95,6 +95,20 @@ def test_cores_are_shared_out_and_nobody_gets_none() -> None:
     assert make_plan(environ={"STAFFETTA_DECODE_THREADS": "5"}).max_threads == 5
 
 
+def test_a_quota_of_processor_time_counts_as_fewer_cores() -> None:
+    def threads(quota: float | None, *argv: str) -> list[int]:
+        plan = make_plan(*argv, around=replace(SURROUNDINGS, cpu_quota=quota))
+        assert (plan.num_cpus, plan.cpu_quota) == (8, quota)
+        return [worker.config.threads for worker in plan.workers]
+
+    assert threads(None) == [4, 4]
+    assert threads(16.0) == [4, 4]
+    assert threads(3.5) == [2, 2]
+    assert threads(0.5) == [1, 1]
+    assert threads(5.5, "--prefill", "0") == [6]
+    assert threads(0.5, "--threads", "3") == [3, 3]
+
+
 def test_where_cores_are_few_a_worker_computes_on_two_that_its_own_role_leaves_it() -> None:
     assert plan_threads(2, num_prefill=1, num_decode=1) == {"prefill": 2, "decode": 2}
     assert plan_threads(3, num_prefill=1, num_decode=1) == {"prefill": 2, "decode": 2}

@@ -36,6 +36,8 @@ FACTS = ReadyFacts(
     ready_s=3.2,
     http="127.0.0.1:8000",
     grpc="127.0.0.1:50051",
+    num_cpus=2,
+    cpu_quota=None,
 )
 
 
@@ -51,6 +53,16 @@ def test_the_ready_block_reads_as_promised() -> None:
         "  gRPC   127.0.0.1:50051                grpcurl -plaintext 127.0.0.1:50051 list",
         "  stop   Ctrl-C (twice: at once)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("quota", "lines"),
+    [(1.5, ["  CPUs        1.5 of 2, by the control group's quota"]), (2.0, []), (None, [])],
+)
+def test_a_quota_that_bounds_is_told_below_the_workers(quota: float | None, lines: list[str]) -> None:
+    block = ready_block(dataclasses.replace(FACTS, cpu_quota=quota)).splitlines()
+    assert block[4:-4] == [*lines, ready_block(FACTS).splitlines()[4]]
+    assert json.loads(ready_json(dataclasses.replace(FACTS, cpu_quota=quota)))["cpu_quota"] == quota
 
 
 def test_the_json_says_the_same() -> None:

@@ -6,26 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from worker.headroom import available_bytes, headroom_bytes
+from worker.headroom import Headroom, available_bytes, headroom, headroom_bytes
 
 MIB = 2**20
+UNIFIED = "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"
 
 
-def write(root: Path, files: Mapping[str, object]) -> Path:
-    """Makes files below `root`."""
-    for name, content in files.items():
+def make_root(
+    root: Path, files: Mapping[str, object], *, available_mib: int = 100, membership: str = "", mounts: str = UNIFIED
+) -> Path:
+    """A root directory with these files; those of control groups are named from `sys/fs/cgroup` on."""
+    meminfo = f"MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    {available_mib * 1024} kB"
+    written: dict[str, object] = {f"sys/fs/cgroup/{name}": content for name, content in files.items()}
+    written |= {"proc/meminfo": meminfo, "proc/self/cgroup": membership, "proc/self/mountinfo": mounts}
+    for name, content in written.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"{content}\n")
     return root
 
 
-def make_proc(root: Path, *, available_mib: int = 100, cgroup: str = "") -> Path:
-    meminfo = f"MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    {available_mib * 1024} kB"
-    return write(root, {"meminfo": meminfo, "self/cgroup": cgroup})
-
-
 def test_memory_that_caches_would_give_back_counts_as_available(tmp_path: Path) -> None:
-    assert available_bytes(make_proc(tmp_path, available_mib=5)) == 5 * MIB
+    assert available_bytes(make_root(tmp_path, {}, available_mib=5)) == 5 * MIB
 
 
 def test_without_meminfo_free_pages_are_available(tmp_path: Path) -> None:
@@ -34,18 +35,24 @@ def test_without_meminfo_free_pages_are_available(tmp_path: Path) -> None:
 
 
 def test_without_control_groups_everything_available_is_headroom(tmp_path: Path) -> None:
-    proc = write(tmp_path / "proc", {"meminfo": "MemAvailable: 2048 kB"})
-    assert headroom_bytes(proc, tmp_path / "cgroup") == 2 * MIB
+    root = make_root(tmp_path, {"memory.max": MIB, "memory.current": 0}, available_mib=2)
+    assert headroom(root) == Headroom(2 * MIB, "bytes of memory are available")
 
 
 def test_a_group_with_a_limit_leaves_what_it_does_not_use(tmp_path: Path) -> None:
-    proc = make_proc(tmp_path / "proc", cgroup="0::/a")
     files = {"a/memory.max": 50 * MIB, "a/memory.current": 20 * MIB}
-    assert headroom_bytes(proc, write(tmp_path / "cgroup", files)) == 30 * MIB
+    root = make_root(tmp_path, files, membership="0::/a")
+    why = f"bytes are left of the {50 * MIB} that control group {root}/sys/fs/cgroup/a may take"
+    assert headroom(root) == Headroom(30 * MIB, why)
+
+
+def test_caches_of_files_are_given_back_before_a_group_has_nothing_left(tmp_path: Path) -> None:
+    stat = f"anon 1\nfile {9 * MIB}\ninactive_file {2 * MIB}\nactive_file {3 * MIB}\nshmem {4 * MIB}"
+    files = {"memory.max": 50 * MIB, "memory.current": 20 * MIB, "memory.stat": stat}
+    assert headroom_bytes(make_root(tmp_path, files, membership="0::/")) == 35 * MIB
 
 
 def test_the_tightest_of_all_groups_counts_outer_ones_included(tmp_path: Path) -> None:
-    proc = make_proc(tmp_path / "proc", cgroup="0::/a/b/c")
     files = {
         "a/memory.max": 50 * MIB,
         "a/memory.current": 45 * MIB,
@@ -54,25 +61,24 @@ def test_the_tightest_of_all_groups_counts_outer_ones_included(tmp_path: Path) -
         "a/b/c/memory.max": 40 * MIB,
         "a/b/c/memory.current": 10 * MIB,
     }
-    assert headroom_bytes(proc, write(tmp_path / "cgroup", files)) == 5 * MIB
+    assert headroom_bytes(make_root(tmp_path, files, membership="0::/a/b/c")) == 5 * MIB
 
 
 def test_groups_of_version_1_are_read_under_their_names(tmp_path: Path) -> None:
-    proc = make_proc(tmp_path / "proc", cgroup="5:cpu:/a\n4:memory:/a\n0::/")
-    files = {"memory/a/memory.limit_in_bytes": 9 * MIB, "memory/a/memory.usage_in_bytes": 8 * MIB}
-    assert headroom_bytes(proc, write(tmp_path / "cgroup", files)) == MIB
-
-
-def test_in_a_container_the_mount_itself_is_its_group(tmp_path: Path) -> None:
-    proc = make_proc(tmp_path / "proc", cgroup="0::/pods/of/the/host")
-    files = {"memory.max": 9 * MIB, "memory.current": 6 * MIB}
-    assert headroom_bytes(proc, write(tmp_path / "cgroup", files)) == 3 * MIB
+    stat = f"inactive_file 7\ntotal_inactive_file {2 * MIB}\ntotal_active_file {MIB}"
+    files = {
+        "memory/a/memory.limit_in_bytes": 9 * MIB,
+        "memory/a/memory.usage_in_bytes": 8 * MIB,
+        "memory/a/memory.stat": stat,
+    }
+    mounts = "33 31 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
+    root = make_root(tmp_path, files, membership="5:cpu:/a\n4:memory:/a\n0::/", mounts=mounts)
+    assert headroom_bytes(root) == 4 * MIB
 
 
 def test_a_group_beyond_its_limit_leaves_nothing(tmp_path: Path) -> None:
-    proc = make_proc(tmp_path / "proc", cgroup="0::/")
     files = {"memory.max": 9 * MIB, "memory.current": 10 * MIB}
-    assert headroom_bytes(proc, write(tmp_path / "cgroup", files)) == 0
+    assert headroom_bytes(make_root(tmp_path, files, membership="0::/")) == 0
 
 
 def test_this_process_has_headroom() -> None:

@@ -12,6 +12,7 @@ from engine.request import StepOutput
 from staffetta.config.schema import PrefillConfig
 from staffetta.exits import DoesNotFitError, ModelNotFoundError, UsageError, run
 from staffetta.v1 import common_pb2
+from worker.headroom import Headroom
 from worker.pool_pages import PoolPages
 from worker.rank import Rank, load_rank, open_exporters
 
@@ -71,6 +72,39 @@ def test_a_cpu_that_the_process_may_not_use_is_refused_by_name() -> None:
         load_rank(make_config(cpus=("0", "99998-99999")), DECODE)
     with pytest.raises(UsageError, match="--threads 2 on 1 CPUs"):
         load_rank(make_config(cpus=(str(min(os.sched_getaffinity(0))),), threads=2), DECODE)
+
+
+@pytest.mark.parametrize(
+    ("threads", "quota", "computes_on", "told"),
+    [
+        (0, 0.3, "1 threads", ""),
+        (0, None, f"{len(os.sched_getaffinity(0))} threads", ""),
+        (1, 0.3, "1 threads", ""),
+        (3, 1.5, "3 threads", "3 threads use up the control group's quota of 1.5 CPUs"),
+    ],
+)
+def test_threads_are_as_many_as_a_quota_runs_unless_the_operator_says_otherwise(
+    threads: int,
+    quota: float | None,
+    computes_on: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("worker.rank.cpu_quota", lambda: quota)
+    caplog.set_level(logging.INFO)
+    load_rank(make_config(threads=threads), DECODE).stop()
+    assert f"computes on {computes_on}" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == bool(told)
+    assert told in "".join(warnings)
+
+
+def test_what_a_control_group_leaves_bounds_weights_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.rank.headroom", lambda: Headroom(2**20, "bytes are left of a group's"))
+    with pytest.raises(DoesNotFitError) as raised:
+        load_rank(make_config(), PREFILL)
+    assert (raised.value.name, raised.value.why) == ("MODEL_TOO_LARGE", f"{2**20} bytes are left of a group's")
 
 
 def test_a_rank_of_the_directory_it_is_in_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

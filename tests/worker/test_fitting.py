@@ -1,0 +1,72 @@
+"""A worker's weights and pool are held against memory: what does not fit is told with value, limit and fix."""
+
+import pytest
+
+from demo import MODEL_DIR
+from engine.model_config import ModelConfig
+from kvtransfer.layout import KVDtype
+from staffetta.config.schema import PrefillConfig
+from staffetta.exits import DoesNotFitError
+from worker.fitting import check_memory, weight_bytes
+from worker.headroom import Headroom
+
+MODEL = ModelConfig.from_directory(MODEL_DIR)
+LEFT = Headroom(1000, "bytes are left of the 5000 that control group /g may take")
+
+
+def check(num_blocks: int, *, num_weight_bytes: int = 400, left: Headroom = LEFT) -> None:
+    config = PrefillConfig(kv_memory=99)
+    check_memory(config, num_blocks=num_blocks, page_bytes=100, num_weight_bytes=num_weight_bytes, left=left)
+
+
+def test_what_fits_to_the_last_byte_is_taken() -> None:
+    check(6)
+    check(1, num_weight_bytes=900)
+
+
+def test_weights_and_pool_must_fit_together() -> None:
+    with pytest.raises(DoesNotFitError) as refused:
+        check(7)
+    assert str(refused.value) == (
+        "error[KV_POOL_TOO_LARGE]: the KV pool has 700 bytes, the weights 400\n"
+        "  1000 bytes are left of the 5000 that control group /g may take\n"
+        "  fix: --num-blocks 3"
+    )
+    check(3)
+
+
+def test_weights_beyond_what_is_left_are_named_rather_than_the_pool() -> None:
+    with pytest.raises(DoesNotFitError) as refused:
+        check(1, num_weight_bytes=901)
+    assert str(refused.value) == (
+        "error[MODEL_TOO_LARGE]: the weights have 901 bytes, one KV block 100\n"
+        "  1000 bytes are left of the 5000 that control group /g may take\n"
+        "  fix: --quantization int4, a smaller model, or more memory"
+    )
+
+
+def test_a_pool_of_no_block_is_refused_whatever_is_left() -> None:
+    with pytest.raises(DoesNotFitError, match="the KV pool of 99 bytes holds no block") as refused:
+        check(0)
+    assert (refused.value.name, refused.value.fix) == ("KV_POOL_TOO_SMALL", "--kv-memory 6400")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "bits", "layer_bits"),
+    [
+        ("float32", "none", 32, 32),
+        ("bfloat16", "none", 16, 16),
+        ("bfloat16", "int8", 16, 8),
+        ("float32", "int8-weight", 32, 8),
+        ("bfloat16", "int4", 16, 4),
+    ],
+)
+def test_layers_count_as_they_are_stored_and_the_rest_as_the_model_computes(
+    dtype: KVDtype, quantization: str, bits: int, layer_bits: int
+) -> None:
+    hidden, inner, vocabulary = MODEL.hidden_size, MODEL.intermediate_size, MODEL.vocab_size
+    query, kv = MODEL.num_heads * MODEL.head_dim, MODEL.num_kv_heads * MODEL.head_dim
+    layers = MODEL.num_layers * hidden * (2 * query + 2 * kv + 3 * inner)
+    others = 2 * vocabulary * hidden + (2 * MODEL.num_layers + 1) * hidden  # a tied head is packed beside the embedding
+    counted = weight_bytes(MODEL, dtype=dtype, quantization=quantization)
+    assert counted == (layers * layer_bits + others * bits) // 8

@@ -1,0 +1,57 @@
+"""Whether a worker's weights and KV pool fit the memory that it may take: told before any of it is taken."""
+
+from math import prod
+
+from engine.compressed_tensors import Compression
+from engine.model_config import ModelConfig
+from engine.models.llama import tensor_shapes
+from engine.weights import TORCH_DTYPES
+from kvtransfer.layout import KVDtype
+from staffetta.config.schema import WorkerConfig
+from staffetta.exits import DoesNotFitError
+from worker.headroom import Headroom
+
+_LINEAR_SUFFIX = "_proj.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_QUANTIZED_BITS = {"int8": 8, "int8-weight": 8, "int4": 4}
+
+
+def weight_bytes(model: ModelConfig, *, dtype: KVDtype, quantization: str) -> int:
+    """What a model's weights take when they are ready, in memory or mapped: no less, since packing rounds sizes up."""
+    bits = 8 * TORCH_DTYPES[dtype].itemsize
+    is_stored_as_int8 = model.compression is Compression.W8A8
+    linear_bits = 8 if is_stored_as_int8 else _QUANTIZED_BITS.get(quantization, bits)
+    sizes = {name: prod(shape) for name, shape in tensor_shapes(model).items()}
+    of_layers = sum(size for name, size in sizes.items() if name.endswith(_LINEAR_SUFFIX))
+    # A head that is the embedding is packed for itself.
+    others = sum(sizes.values()) - of_layers + (sizes[_EMBEDDING] if model.tie_word_embeddings else 0)
+    return (of_layers * linear_bits + others * bits) // 8
+
+
+def check_memory(
+    config: WorkerConfig, *, num_blocks: int, page_bytes: int, num_weight_bytes: int, left: Headroom
+) -> None:
+    """Raises DoesNotFitError, with the fix, for a pool of no block, and where weights and pool exceed what is left."""
+    if num_blocks < 1:
+        raise DoesNotFitError(
+            "KV_POOL_TOO_SMALL",
+            f"the KV pool of {config.kv_memory} bytes holds no block",
+            why=f"one block of {config.block_size} tokens has {page_bytes} bytes",
+            fix=f"--kv-memory {64 * page_bytes}",
+        )
+    why = f"{left.num_bytes} {left.why}"
+    for_pool = left.num_bytes - num_weight_bytes
+    if for_pool < page_bytes:
+        raise DoesNotFitError(
+            "MODEL_TOO_LARGE",
+            f"the weights have {num_weight_bytes} bytes, one KV block {page_bytes}",
+            why=why,
+            fix="--quantization int4, a smaller model, or more memory",
+        )
+    if num_blocks * page_bytes > for_pool:
+        raise DoesNotFitError(
+            "KV_POOL_TOO_LARGE",
+            f"the KV pool has {num_blocks * page_bytes} bytes, the weights {num_weight_bytes}",
+            why=why,
+            fix=f"--num-blocks {max(1, for_pool // 2 // page_bytes)}",
+        )
