@@ -1,6 +1,12 @@
-"""What all tests start from: signals as a shell in the foreground hands them to a command."""
+"""What all tests start from: signals as a shell in the foreground hands them to a command, and the same examples."""
 
 import signal
+
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)
+settings.register_profile("other", derandomize=False, print_blob=True)
+settings.load_profile("same")  # `--hypothesis-profile other` looks for examples that nobody has seen
 
 
 def pytest_configure() -> None:
