@@ -35,7 +35,7 @@ from kvtransfer.frames import (
 )
 from kvtransfer.lanes import Lanes, failed_read
 from kvtransfer.listener import Listener
-from kvtransfer.memory import PROBE_BYTES, PoolMemory, has_shrink_seal
+from kvtransfer.memory import PROBE_BYTES, PoolMemory, has_shrink_seal, map_file
 from kvtransfer.selftest import run_selftest
 from kvtransfer.sessions import Sessions, check_welcome
 from kvtransfer.transport import BlockRead, SelfTest, TransportOffer, check_reads, merge_runs
@@ -120,7 +120,7 @@ class _Copies:
 class _CopyLane:
     """The thread that copies. It owns the mapping of the peer's memory."""
 
-    def __init__(self, mapping: mmap.mmap) -> None:
+    def __init__(self, mapping: memoryview) -> None:
         self._remote: Bytes = np.frombuffer(mapping, dtype=np.uint8)
 
     def move(self, part: _Copies) -> None:
@@ -177,7 +177,7 @@ class ShmReader:
         self._lanes.submit([_Copies([(start, np.frombuffer(buffer, dtype=np.uint8))], len(buffer))]).result()
 
 
-def _map_peer(offer: TransportOffer, memory: PoolMemory) -> mmap.mmap:
+def _map_peer(offer: TransportOffer, memory: PoolMemory) -> memoryview:
     """Fetches the peer's descriptor and maps it for reading."""
     if len(os.fsencode(offer.endpoint)) > MAX_SOCKET_PATH_BYTES:
         raise TransportError(f"the peer's shm socket has a path of more than {MAX_SOCKET_PATH_BYTES} bytes")
@@ -193,7 +193,7 @@ def _map_peer(offer: TransportOffer, memory: PoolMemory) -> mmap.mmap:
             raise TransportError("the peer did not complete the handshake of its shm transport") from error
 
 
-def _receive_mapping(connection: socket.socket, offer: TransportOffer, memory: PoolMemory) -> mmap.mmap:
+def _receive_mapping(connection: socket.socket, offer: TransportOffer, memory: PoolMemory) -> memoryview:
     if _peer_uid(connection) != os.geteuid():
         raise TransportError("the process behind the peer's shm socket runs as another user")
     connection.sendall(encode_hello(offer.session_key))
@@ -208,7 +208,7 @@ def _receive_mapping(connection: socket.socket, offer: TransportOffer, memory: P
             os.close(descriptor)
 
 
-def _map_read_only(descriptor: int, shape: PoolShape) -> mmap.mmap:
+def _map_read_only(descriptor: int, shape: PoolShape) -> memoryview:
     """Maps all of a peer's memory, after making sure that no access to the mapping can ever fault."""
     size_bytes = shape.num_blocks * shape.page_bytes + shape.probe_bytes
     status = os.fstat(descriptor)
@@ -216,7 +216,7 @@ def _map_read_only(descriptor: int, shape: PoolShape) -> mmap.mmap:
         raise TransportError("the peer's memory is not sealed against shrinking; reading it could end this process")
     if status.st_size != size_bytes:
         raise TransportError(f"the peer's memory has {status.st_size} bytes, expected {size_bytes}")
-    return mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    return map_file(descriptor, size_bytes, protection=mmap.PROT_READ)
 
 
 def _peer_uid(connection: socket.socket) -> int:

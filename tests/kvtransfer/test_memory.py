@@ -4,13 +4,14 @@ import errno
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 import psutil
 import pytest
 
 from kvtransfer import memory as memory_module
 from kvtransfer.layout import BlockId
-from kvtransfer.memory import PROBE_BYTES, PoolMemory, has_shrink_seal
+from kvtransfer.memory import HUGE_PAGE_BYTES, PROBE_BYTES, PoolMemory, address_of, has_shrink_seal, map_file
 
 
 def test_pages_are_zero_adjacent_and_exactly_the_buffer() -> None:
@@ -54,6 +55,46 @@ def test_a_shared_descriptor_reads_what_the_owner_writes() -> None:
     mapping.close()
     os.close(descriptor)
     memory.close()
+
+
+def num_mappings(name: str) -> int:
+    """How many of this process's mappings are of a file of that name."""
+    return sum(name in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_a_pool_begins_where_a_huge_page_could() -> None:
+    pools = [PoolMemory(3, 4096) for _ in range(5)]
+    assert [address_of(pool.buffer) % HUGE_PAGE_BYTES for pool in pools] == [0] * 5
+
+
+@pytest.mark.parametrize("size_bytes", [1, 4096, 5000, HUGE_PAGE_BYTES + 1])
+def test_a_mapped_file_is_the_file_and_goes_with_its_last_view(size_bytes: int) -> None:
+    descriptor = os.memfd_create("mapped-for-a-test")
+    os.ftruncate(descriptor, size_bytes)
+    os.pwrite(descriptor, b"x", size_bytes - 1)
+    view = map_file(descriptor, size_bytes, protection=mmap.PROT_READ | mmap.PROT_WRITE)
+    assert (len(view), view[size_bytes - 1]) == (size_bytes, ord("x"))
+    view[0] = ord("y")
+    assert os.pread(descriptor, 1, 0) == b"y"
+    part = view[:1]
+    del view
+    assert num_mappings("mapped-for-a-test") == 1
+    del part
+    assert num_mappings("mapped-for-a-test") == 0
+    os.close(descriptor)
+
+
+def test_what_is_mapped_for_reading_is_a_view_that_refuses_to_be_written() -> None:
+    memory = PoolMemory(2, 4096)
+    descriptor = memory.read_only_fd()
+    view = map_file(descriptor, memory.size_bytes, protection=mmap.PROT_READ)
+    memory.block(BlockId(1))[:5] = b"baton"
+    assert (view.readonly, bytes(view[4096:4101])) == (True, b"baton")
+    with pytest.raises(PermissionError):
+        map_file(descriptor, memory.size_bytes, protection=mmap.PROT_READ | mmap.PROT_WRITE)
+    os.close(descriptor)
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        map_file(descriptor, memory.size_bytes, protection=mmap.PROT_READ)
 
 
 def test_a_shared_descriptor_cannot_be_written_or_mapped_writable() -> None:
