@@ -38,7 +38,10 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tupl
     an infinity, or nothing left to choose.
     """
     parts = [(row, draw, choice) for row, draw in enumerate(draws) for choice in draw.choices]
-    token_ids = backend.sample(logits, [_token_draw(*part) for part in parts]).tolist()
+    token_ids = backend.sample(logits, [_token_draw(*part) for part in parts])
+    if all(draw.sampling.num_logprobs is None for draw in draws):
+        drawn = iter(token_ids)
+        return [tuple([SampledToken(draw.output_index, next(drawn)) for _ in draw.choices]) for draw in draws]
     asked = [
         _Asked(row, token_id, draw.sampling.num_logprobs)
         for (row, draw, _), token_id in zip(parts, token_ids, strict=True)

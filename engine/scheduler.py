@@ -5,7 +5,6 @@ Parts of such a plan that the commit made pointless are dropped by `apply`.
 """
 
 import bisect
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,10 +126,10 @@ class Scheduler:
             for sequence, part in slices
             if part.copied is not None
         }
-        num_given_up = Counter(lease.table[0] for lease in replaced.values())
+        given_up = [lease.table[0] for lease in replaced.values()]
         return tuple(
             [
-                self._dispatch(sequence, part, replaced.get(part.sequence_id), num_given_up=num_given_up)
+                self._dispatch(sequence, part, replaced.get(part.sequence_id), given_up=given_up)
                 for sequence, part in slices
             ]
         )
@@ -194,11 +193,11 @@ class Scheduler:
         sequence.num_computed_tokens = len(lease.shared) * sequence.hasher.block_size
 
     def _dispatch(
-        self, sequence: Sequence, part: PlannedSlice, replaced: BlockLease | None, *, num_given_up: Counter[BlockId]
+        self, sequence: Sequence, part: PlannedSlice, replaced: BlockLease | None, *, given_up: list[BlockId]
     ) -> SequenceSlice:
         """Takes a slice's blocks and counts its tokens. `replaced` is the reference to the block that it copies.
 
-        `num_given_up` counts the references that slices of this step keep to blocks only in order to copy them.
+        `given_up` has each reference that slices of this step keep to a block only in order to copy it.
         """
         if sequence.state is SequenceState.WAITING:
             self._join(sequence, part)
@@ -207,7 +206,7 @@ class Scheduler:
         first_written = sequence.lease.table[part.start // sequence.hasher.block_size]
         if self._pool.is_published(first_written):
             raise IntegrityError(f"{sequence.sequence_id} would write into the published block {first_written}")
-        if self._pool.num_references(first_written) - num_given_up[first_written] != 1:
+        if self._pool.num_references(first_written) - given_up.count(first_written) != 1:
             raise IntegrityError(f"{sequence.sequence_id} would write into block {first_written}, which others hold")
         copy = None if replaced is None else BlockCopy(replaced.table[0], first_written)
         token_slice = slice_of(sequence, part.start, end, copy)

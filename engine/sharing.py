@@ -4,7 +4,7 @@ Nobody writes into a block that somebody else holds. A sequence that must gets a
 still holds the block writes into it, the last of them may do so in place. Only read and counted here, nothing changes.
 """
 
-from collections import Counter
+from collections import defaultdict
 
 from engine.cache.pool import BlockPool
 from engine.sequence import Sequence, SequenceId
@@ -16,7 +16,7 @@ class SharedBlocks:
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
-        self._num_given_back: Counter[BlockId] = Counter()
+        self._num_given_back: defaultdict[BlockId, int] = defaultdict(int)
         self._writers: dict[BlockId, list[SequenceId]] = {}
         self._written: dict[SequenceId, BlockId] = {}
 

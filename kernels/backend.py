@@ -269,12 +269,12 @@ class Backend(Operations, Protocol):
         """Returns `definition` over this backend's operations, as one call where the backend has that.
 
         Bits, bytes written and exceptions are those of calling the operations one by one. One thread at a time may call
-        what is returned: it keeps scratch memory.
+        what is returned: it keeps scratch memory, and its results may be overwritten by the next call.
         """
 
     def log_softmax(self, logits: Tensor) -> Tensor: ...
 
-    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor: ...
+    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]: ...
 
     def score_tokens(self, logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> TokenScores: ...
 

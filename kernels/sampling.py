@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,7 +58,7 @@ class TokenScores(NamedTuple):
     top_logprobs: Tensor
 
 
-def sample(logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
+def sample(logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
     """Draws tokens: argmax over kept tokens i of (z_i - max z) rate + noise_i, of equals the lower id.
 
     z is the row after penalties and bans, rate is 1 / temperature. Repetition: z / r where z > 0, else z r, for every
@@ -71,11 +70,11 @@ def sample(logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
     What no filter keeps has noise all the same, so a token's noise, and the order of any two, is a matter of the draw
     alone: logits that differ by little, or a filter that keeps more, seldom draw another token.
 
-    logits: [rows, vocab_size], float32, on the CPU; not written to. Returns [len(draws)], int64. Raises ArithmeticError
-    for a row with a NaN or an infinity, or with nothing left to choose. Bytes: 4 rows vocab_size.
+    logits: [rows, vocab_size], float32, on the CPU; not written to. Returns one id for each draw. Raises
+    ArithmeticError for a row with a NaN or an infinity, or with nothing left to choose. Bytes: 4 rows vocab_size.
     """
     values: NDArray[np.float32] = logits.numpy()
-    return torch.tensor([_draw(values[draw.row], draw) for draw in draws], dtype=torch.int64)
+    return [_draw(values[draw.row], draw) for draw in draws]
 
 
 def score_tokens(logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> TokenScores:

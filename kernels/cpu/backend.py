@@ -46,6 +46,7 @@ class CpuBackend:
         self.threads = threads
         self.weight_memory = WeightMemory()
         self._library_path = library_path
+        self._sampler = sampling.Sampler(self)
 
     @property
     def name(self) -> str:
@@ -245,9 +246,9 @@ class CpuBackend:
         check(self.library.staffetta_log_softmax(self.isa, self.threads, *arguments), out_of_range="")
         return out
 
-    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
+    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
         """See `kernels.sampling.sample`."""
-        return sampling.sample(self, logits, draws)
+        return self._sampler.sample(logits, draws)
 
     def score_tokens(self, logits: Tensor, rows: Tensor, targets: Tensor, count: int) -> TokenScores:
         """See `kernels.sampling.score_tokens`."""

@@ -1,59 +1,73 @@
-"""Drawing and scoring tokens in compiled code: draws become the array that `src/abi.h` declares, failures exceptions.
+"""Drawing and scoring tokens in compiled code: draws become the records that `src/abi.h` declares, failures exceptions.
 
 What comes out is specified in `kernels.sampling`, and is equal to it but for the roundings of exp and log.
 """
 
 import struct
+from array import array
 from collections.abc import Sequence
 from ctypes import byref
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.cpu import library as abi
-from kernels.cpu.library import check, matrix, rows
+from kernels.cpu.library import Matrix, check, matrix, rows
 from kernels.sampling import Penalties, TokenDraw, TokenScores
 
 if TYPE_CHECKING:
     from kernels.cpu.backend import CpuBackend
 
-_NOT_FINITE, _ALL_BANNED = -1, -2
+_NOT_FINITE = -1
 _UNPENALISED = Penalties(1.0, 0.0, 0.0, (), ())
-_DRAW = np.dtype(
-    [
-        *((name, np.int64) for name in ("row", "top_k")),
-        ("seed", np.uint64),
-        *((name, np.int64) for name in ("first_id", "num_prompt", "num_output", "num_banned")),
-        ("top_p", np.float64),
-        *((name, np.float32) for name in ("temperature", "repetition", "presence", "frequency")),
-        *((name, np.uint32) for name in ("choice", "output_index")),
-    ]
-)
+_DRAW = struct.Struct("=qqQqqqqdffffII")
+"""`Draw` of `src/abi.h`: row, top_k, seed, first_id, num_prompt, num_output, num_banned, top_p, temperature,
+repetition, presence, frequency, choice, output_index."""
 
 
-def sample(backend: "CpuBackend", logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
-    """See `kernels.sampling.sample`. Raises IndexError for a draw from a row that is not there."""
-    logits = rows(logits.float())
-    packed, token_ids = _pack(draws)
-    tokens = torch.empty(len(draws), dtype=torch.int64)
-    status = backend.library.staffetta_sample(
-        backend.isa,
-        backend.threads,
-        byref(matrix(logits)),
-        packed.ctypes.data,
-        len(draws),
-        token_ids.ctypes.data,
-        tokens.data_ptr(),
-    )
-    check(status, out_of_range=f"a draw is from a row outside the {len(logits)} there are")
-    if (tokens < 0).any():
-        if (tokens == _NOT_FINITE).any():
-            raise ArithmeticError("the model's logits are not finite")
-        raise ArithmeticError("every token is banned")
-    return tokens
+class Sampler:
+    """Draws tokens with a backend's compiled code. Any thread, one call at a time each."""
+
+    def __init__(self, backend: "CpuBackend") -> None:
+        self._backend = backend
+        self._described: tuple[Tensor | None, Matrix] = None, abi.NO_MATRIX
+        """The logits that were seen last, and where they are: a step writes its own into the same tensor again and
+        again."""
+
+    def sample(self, logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
+        """See `kernels.sampling.sample`. Raises IndexError for a draw from a row that is not there.
+
+        Neither torch nor numpy is used where the logits are those of the last call: after a step that has filled the
+        caches with weights, the first use of each of their functions costs some 50 us.
+        """
+        backend = self._backend
+        described, owner = self._describe(logits)
+        packed, token_ids = _pack(draws)
+        tokens = array("q", bytes(8 * len(draws)))
+        address, _ = tokens.buffer_info()
+        status = backend.library.staffetta_sample(
+            backend.isa, backend.threads, byref(described), packed, len(draws), token_ids, address
+        )
+        if status:
+            check(status, out_of_range=f"a draw is from a row outside the {len(owner)} there are")
+        drawn = tokens.tolist()
+        if min(drawn, default=0) < 0:
+            if _NOT_FINITE in drawn:
+                raise ArithmeticError("the model's logits are not finite")
+            raise ArithmeticError("every token is banned")
+        return drawn
+
+    def _describe(self, logits: Tensor) -> tuple[Matrix, Tensor]:
+        """Where logits are as float32 rows, and the tensor that owns those."""
+        known, described = self._described
+        if logits is known:
+            return described, logits
+        owner = rows(logits.float())
+        described = matrix(owner)
+        if owner is logits:
+            self._described = logits, described
+        return described, owner
 
 
 def score_tokens(backend: "CpuBackend", logits: Tensor, *, at: Tensor, targets: Tensor, count: int) -> TokenScores:
@@ -82,15 +96,15 @@ def score_tokens(backend: "CpuBackend", logits: Tensor, *, at: Tensor, targets: 
     return scores
 
 
-def _pack(draws: Sequence[TokenDraw]) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+def _pack(draws: Sequence[TokenDraw]) -> tuple[bytes, bytes]:
     """The draws as the kernels read them, and all their token ids one after another."""
+    records: list[bytes] = []
     ids: list[bytes] = []
     num_ids = 0
-    records = []
     for draw in draws:
         repetition, presence, frequency, prompt, output = draw.penalties or _UNPENALISED
         records.append(
-            (
+            _DRAW.pack(
                 draw.row,
                 draw.top_k,
                 draw.seed & 0xFFFFFFFFFFFFFFFF,
@@ -109,6 +123,6 @@ def _pack(draws: Sequence[TokenDraw]) -> tuple[NDArray[np.void], NDArray[np.int6
         )
         for part in (prompt, output, draw.banned):
             if part:
-                ids.append(struct.pack(f"{len(part)}q", *part))  # several times as fast as numpy's conversion
+                ids.append(struct.pack(f"{len(part)}q", *part))  # several times as fast as an array's conversion
                 num_ids += len(part)
-    return np.array(records, dtype=_DRAW), np.frombuffer(b"".join(ids), np.int64)
+    return b"".join(records), b"".join(ids)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.backend import Batch, Definition
 from kernels.cpu import library as abi
-from kernels.cpu.library import Home, Matrix, RowsOf, Status, pages_of_layer
+from kernels.cpu.library import Home, Matrix, RowsOf, pages_of_layer
 from kernels.cpu.record import Operation, Part, Recording, Value, record
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _Before = tuple[int, ...]
 
 
 class CompiledStep:
-    """A definition as a program in memory, with scratch memory for its values. One thread at a time.
+    """A definition as a program in memory, with memory for its values. One thread at a time.
 
     `scratch_row_bytes` is how much of it a row of each kind takes, in the order of `RowsOf`.
     """
@@ -44,38 +44,44 @@ class CompiledStep:
         self._program = abi.StepProgram(self._operations, len(operations))
         self._call = abi.StepCall()
         self._pages: Tensor | None = None  # those that the call describes
+        self._num_rows: tuple[int, ...] = ()  # those that the call has room for, by kind
+        self._results: tuple[Tensor, ...] = ()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_bytes = 0  # as many as the largest step so far needed
 
     def __call__(self, batch: Batch, pages: Tensor) -> tuple[Tensor, ...]:
         """Computes a step; contract and exceptions are those of the definition on the backend's own operations.
 
-        Torch is left alone but for the results: after a step that has filled the caches with weights, the first use of
-        each of its functions costs some 50 us.
+        What it returns is overwritten by the next step of as many rows. Torch is left alone in such a step: after one
+        that has filled the caches with weights, the first use of each of its functions costs some 50 us.
         """
         call, backend = self._call, self._backend
         if pages is not self._pages:
             self._describe_pages(pages)
         num_rows = batch.num_tokens, batch.num_drawn, batch.num_scored
-        self._reserve(sum(map(mul, num_rows, self.scratch_row_bytes)))
+        if num_rows != self._num_rows:
+            self._make_room(num_rows)
         call.numbers, _ = batch.numbers.buffer_info()
-        call.num_rows[:] = num_rows
         call.num_sequences, call.max_blocks = batch.num_sequences, batch.max_blocks
-        results = tuple(
-            torch.empty(num_rows[value.rows_of], value.columns, dtype=value.dtype) for value in self._recording.results
-        )
-        for number, result in enumerate(results):
-            call.results[number] = result.data_ptr()
-        status = backend.library.staffetta_step(backend.isa, backend.threads, byref(self._program), byref(call))
-        if status != Status.OK:
+        if backend.library.staffetta_step(backend.isa, backend.threads, byref(self._program), byref(call)):
             # Once more, one by one, which writes the same bytes: the operation that refuses says what is wrong.
             return self._definition(backend, batch, pages)
-        return results
+        return self._results
 
-    def _reserve(self, num_bytes: int) -> None:
+    def _make_room(self, num_rows: tuple[int, ...]) -> None:
+        """Makes the call one of so many rows of each kind, with scratch memory and results of its own."""
+        self._num_rows = ()
+        num_bytes = sum(map(mul, num_rows, self.scratch_row_bytes))
         if num_bytes > self._scratch_bytes:
             self._scratch, self._scratch_bytes = torch.empty(num_bytes, dtype=torch.uint8), num_bytes
             self._call.scratch = self._scratch.data_ptr()
+        self._results = tuple(
+            torch.empty(num_rows[value.rows_of], value.columns, dtype=value.dtype) for value in self._recording.results
+        )
+        for number, result in enumerate(self._results):
+            self._call.results[number] = result.data_ptr()
+        self._call.num_rows[:] = num_rows
+        self._num_rows = num_rows
 
     def _describe_pages(self, pages: Tensor) -> None:
         """Makes the call one over `pages`. Raises ValueError when the recorded operations do not fit them."""

@@ -14,7 +14,7 @@ from kernels.sampling import TokenDraw
 def draw_from_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     sample, stream = CpuBackend.sample, count()
 
-    def sample_in_order(backend: CpuBackend, logits: Tensor, draws: Sequence[TokenDraw]) -> Tensor:
+    def sample_in_order(backend: CpuBackend, logits: Tensor, draws: Sequence[TokenDraw]) -> list[int]:
         return sample(backend, logits, [draw._replace(seed=0, output_index=next(stream)) for draw in draws])
 
     monkeypatch.setattr(CpuBackend, "sample", sample_in_order)

@@ -98,6 +98,22 @@ def test_every_operation_repeats_its_bits(dtype: torch.dtype, stored: WeightForm
     assert not torch.equal(pages, make_pages(dtype))
 
 
+def test_steps_of_as_many_rows_share_their_results_and_others_do_not() -> None:
+    backend = CpuBackend(threads=1)
+    define = everything(backend, torch.float32, stored=WeightFormat.AS_GIVEN)
+    compute, pages = backend.compile_step(define), make_pages()
+    first, again, other = make_batch((1, 1), (3, 5)), make_batch((1, 1), (9, 2)), make_batch((2, 1), (3, 5))
+    results = compute(first, pages)
+    assert compute(again, pages) is results
+    assert all(torch.equal(*pair) for pair in zip(results, define(backend, again, pages), strict=True))
+    kept = [result.clone() for result in results]
+    others = compute(other, pages)
+    assert compute(other, pages) is others  # and not made one by one, as after a refusal
+    assert all(torch.equal(*pair) for pair in zip(others, define(backend, other, pages), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(results, kept, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(compute(first, pages), define(backend, first, pages), strict=True))
+
+
 def test_pages_may_change_from_call_to_call_and_lie_apart() -> None:
     backend = CpuBackend(threads=1)
     define = everything(backend, torch.float32, stored=WeightFormat.AS_GIVEN)
