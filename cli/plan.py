@@ -15,7 +15,7 @@ from staffetta.address import parse_address
 from staffetta.config.load import Loaded
 from staffetta.config.origin import OriginKind
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
-from staffetta.cpus import format_cpus, usable_threads
+from staffetta.cpus import format_cpus, parse_cpus, usable_threads
 from staffetta.exits import UsageError
 
 T = TypeVar("T", GatewayConfig, PrefillConfig, DecodeConfig)
@@ -63,6 +63,11 @@ class ServePlan:
     def registry(self) -> str:
         """host:port where workers register, which knows when every gateway process can reach them."""
         return registry_of(self.gateway)
+
+    @property
+    def pinned_cpus(self) -> frozenset[int]:
+        """Those that workers keep to; empty where none was given any."""
+        return frozenset().union(*(parse_cpus(worker.config.cpus) for worker in self.workers))
 
     @property
     def max_threads(self) -> int:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from cli.cpu_claims import claim_cpus
 from cli.model import find_model
 from cli.output import Output, say
 from cli.plan import ServePlan, Surroundings, dialable, num_gateway_processes, plan_serve
@@ -25,6 +26,7 @@ from demo import EMBEDDED
 from staffetta.config.load import Loaded, resolve
 from staffetta.config.schema import DecodeConfig, GatewayConfig, PrefillConfig, ServeConfig
 from staffetta.control_groups import cpu_quota
+from staffetta.cpus import format_cpus
 from staffetta.exits import ExitCode
 
 T = TypeVar("T")
@@ -68,7 +70,19 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
         )
         plan = make_plan(loaded, flags.config, surroundings)
         session = _Serve(config, plan, output=output, started=started)
-        return asyncio.run(session.run(entries or Entries()))
+        with claim_cpus(sorted(plan.pinned_cpus)) as shared:
+            if shared:
+                say(shared_cpus(shared, others=frozenset(surroundings.cpus) - plan.pinned_cpus))
+            return asyncio.run(session.run(entries or Entries()))
+
+
+def shared_cpus(shared: frozenset[int], *, others: frozenset[int]) -> str:
+    """What is said of CPUs that another `serve` pins workers to as well; `others` could be used instead."""
+    instead = f"taskset -c {','.join(format_cpus(others))}" if others else "taskset -c CPUS"
+    return (
+        f"CPU {','.join(format_cpus(shared))}: workers of another serve on this host are pinned to them, and both wait "
+        f"for each other; --pin takes the first CPUs that it may use: start one under `{instead}`, or without --pin"
+    )
 
 
 def choose_registry(serve: Loaded[ServeConfig], config_file: str) -> str:

@@ -132,6 +132,8 @@ def test_pinned_workers_have_cpus_of_their_own() -> None:
         plan = make_plan(*argv, around=replace(SURROUNDINGS, cpus=tuple(around)))
         return [",".join(worker.config.cpus) for worker in plan.workers]
 
+    assert make_plan().pinned_cpus == frozenset()
+    assert make_plan("--pin", "--threads", "1").pinned_cpus == {0, 1}
     assert cpus() == ["", ""]
     assert cpus("--pin") == ["0-3", "4-7"]
     assert cpus("--pin", around=[1, 2, 5, 6, 7]) == ["1-2", "5-6"]

@@ -1,0 +1,68 @@
+"""Two that pin workers to the same CPUs are told so, for as long as both run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cli.cpu_claims import claim_cpus
+from cli.serve import shared_cpus
+
+NUMBERS = range(90_000, 90_004)
+"""Of CPUs that no machine has, so that nobody else claims them meanwhile."""
+
+
+def test_who_comes_second_learns_which_cpus_are_taken() -> None:
+    first, second, third, fourth = NUMBERS
+    with claim_cpus([first, second]) as taken:
+        assert taken == frozenset()
+        with claim_cpus([second, third]) as taken_again:
+            assert taken_again == {second}
+            with claim_cpus([third, fourth]) as taken_by_both:
+                assert taken_by_both == {third}
+
+
+def test_a_claim_ends_with_its_block_and_with_its_process() -> None:
+    code = (
+        f"from cli.cpu_claims import claim_cpus\nwith claim_cpus({list(NUMBERS)}): print(end='x', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.read(1) == b"x"
+        with claim_cpus(NUMBERS) as taken:
+            assert taken == frozenset(NUMBERS)
+        other.kill()
+    for _ in range(2):
+        with claim_cpus(NUMBERS) as taken:
+            assert taken == frozenset()
+
+
+def test_claims_are_not_passed_on_to_children() -> None:
+    with claim_cpus(NUMBERS):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child, claim_cpus(NUMBERS) as taken:
+        assert taken == frozenset()
+
+
+def test_a_system_without_such_names_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Socket:
+        def __enter__(self) -> "Socket":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Nothing is open."""
+
+        def bind(self, name: str) -> None:
+            raise FileNotFoundError(2, "No such file or directory", name)
+
+    monkeypatch.setattr("socket.socket", lambda *_: Socket())
+    with claim_cpus(NUMBERS) as taken:
+        assert taken == frozenset()
+
+
+def test_the_warning_names_the_cpus_and_others_to_use_instead() -> None:
+    assert shared_cpus(frozenset({0, 1, 3}), others=frozenset({4, 5, 6})) == (
+        "CPU 0-1,3: workers of another serve on this host are pinned to them, and both wait for each other; --pin "
+        "takes the first CPUs that it may use: start one under `taskset -c 4-6`, or without --pin"
+    )
+    assert "`taskset -c CPUS`" in shared_cpus(frozenset({0}), others=frozenset())
