@@ -9,6 +9,8 @@ from typing import Any, cast
 import grpc.aio
 import pytest
 
+from demo import MODEL_DIR
+from engine.model_config import ModelConfig
 from kvtransfer.checksum import head_checksums
 from kvtransfer.layout import BlockId
 from kvtransfer.ticket import TicketBook, TicketVerdict
@@ -168,6 +170,17 @@ async def test_many_blocks_are_announced_in_messages_below_the_bound() -> None:
         events = await reader.until(handoff_id, "last", "first_tokens")
         sizes = [len(event.chunk_ready.blocks) for event in events if event.HasField("chunk_ready")]
         assert sizes == [2, 2, 2, 1]
+
+
+@in_loop
+async def test_a_chunk_holds_as_many_blocks_as_its_bound_has_bytes_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ModelConfig.from_directory(MODEL_DIR)
+    layout = model.kv_layout(block_size=16, dtype="float32", model_digest="any")
+    monkeypatch.setattr(announcing, "CHUNK_BYTES", 4 * layout.groups[0].block_bytes - 1)
+    async with prefill_worker() as worker, reader_of(worker) as reader:
+        events = await reader.until(await reader.start(make_prompt(100)), "last", "first_tokens")
+        sizes = [len(event.chunk_ready.blocks) for event in events if event.HasField("chunk_ready")]
+        assert sizes == [3, 3, 1]
 
 
 @in_loop
