@@ -1,9 +1,15 @@
-"""Decides how many prompt tokens a step may compute while streams are waiting for their next token.
+"""Decides how many prompt tokens a step may compute, for the sake of streams and of prompts that wait for its end.
 
 While one prompt waits, a step beside streams takes at most `max_slowdown` times as long as one that only generates;
-every further prompt, up to the eighth, lets it take as much longer again, because many then gain by what few lose. So a
-stream's gap is at most 1 + 8 x (max_slowdown - 1) times its usual one, 5.8 times where that is 1.6, but where even the
-four tokens of each such prompt that are always allowed take longer.
+every further prompt, up to the eighth, lets it take as much longer again, because many then gain by what few lose. A
+short prompt, which one step could compute whole, counts as four: it is over after a few long gaps, where a long one
+would make hundreds. Its length when it began counts, so the end of a long prompt is not short. A stream's gap is at
+most 1 + 8 x (max_slowdown - 1) times its usual one, 5.8 times where that is 1.6, but where even the four tokens of each
+prompt that are always allowed take longer.
+
+Without streams, a step takes prompts until it is so long that what every step costs hardly matters: the first of a
+burst then have their tokens while the others are computed. It is never kept shorter than the longest prompt would have
+it, which would be slow beside the streams of those before it.
 
 Everything here follows from measured durations: there is no clock, and nothing that depends on what the tokens are.
 """
@@ -11,7 +17,7 @@ Everything here follows from measured durations: there is no clock, and nothing 
 import math
 import statistics
 from collections import deque
-from itertools import takewhile
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from engine.step import SequenceSlice
@@ -22,6 +28,10 @@ _RUNG_TOKENS: Final = 8
 """How far apart budgets are at first: where reading weights is what bounds a step, so many cost next to nothing."""
 MOST_PROMPTS: Final = 8
 """Prompts that count. With so many, waiting costs them a fifth more than computing them alone."""
+_SHORT_COUNTS: Final = 4
+"""Prompts that a short one counts as: with half as many it waits noticeably longer, with twice as many hardly less."""
+_LONG_ENOUGH: Final = 8
+"""Steps that generate for one stream: if one step is as long, at most an eighth of it is what every step costs."""
 _RETRY_STEPS: Final = 128
 """A budget that took too long is not tried again for so many steps: its cost stays below one gap in a hundred."""
 _NUM_SAMPLES: Final = 5
@@ -43,6 +53,13 @@ class MeasuredStep(NamedTuple):
         num_tokens = [len(part.token_ids) for part in slices]
         num_generating = num_tokens.count(1)
         return cls(num_generating, sum(num_tokens) - num_generating, seconds)
+
+
+class WaitingPrompt(NamedTuple):
+    """A prompt to compute: its tokens when it began, and those left. Tokens from the prefix cache are in neither."""
+
+    num_tokens: int
+    num_left: int
 
 
 class _Samples:
@@ -68,7 +85,8 @@ class StepPacer:
     beside streams where computing bounds a step, more where reading weights does, because the streams' rows need them
     anyway. So that is a safe guess for a budget of any size, and no stream pays for learning it. Steps with streams
     tell the truth about the budgets that they used; one rung above such a budget is tried when tokens as dear as its
-    own would fit, and a rung that proves dearer is left for a while. Engine thread only.
+    own would fit, and a rung that proves dearer is left for a while. The largest budget that fits is taken, whatever
+    was measured of smaller ones: what a budget adds depends on who streams. Engine thread only.
     """
 
     def __init__(self, *, max_slowdown: float, max_tokens: int) -> None:
@@ -88,21 +106,33 @@ class StepPacer:
         self._num_steps = 0
         """Steps with both."""
 
-    def num_prompt_tokens(self, *, num_streams: int, num_prompts: int) -> int:
-        """Prompt tokens that a step may compute beside `num_streams` tokens of streams while `num_prompts` wait.
+    def num_prompt_tokens(self, *, num_streams: int, prompts: Sequence[WaitingPrompt]) -> int:
+        """Prompt tokens that a step may compute beside `num_streams` tokens of streams while `prompts` wait.
 
-        0 once in the life of a pacer at most: when the length of a step that only generates has yet to be learned.
+        They are one at least. 0 once in the life of a pacer at most: when there are streams, and the length of a step
+        that only generates has yet to be learned.
         """
         if math.isinf(self._max_slowdown):
             return self._budgets[-1]
+        if not num_streams:
+            return self._num_alone(prompts)
         generating_s = self._estimate(num_streams)
         if generating_s is None:
             return 0
-        num_counted = min(num_prompts, MOST_PROMPTS)
-        allowed_s = num_counted * (self._max_slowdown - 1) * generating_s
-        fitting = takewhile(lambda rung: self._expected_s(rung) <= allowed_s, range(len(self._budgets)))
-        budget = max((self._budgets[rung] for rung in fitting), default=0)
-        return max(budget, min(num_counted * LEAST_PROMPT_TOKENS, self._budgets[-1]))
+        counts = [_SHORT_COUNTS if prompt.num_tokens <= self._budgets[-1] else 1 for prompt in prompts]
+        allowed_s = min(sum(counts), MOST_PROMPTS) * (self._max_slowdown - 1) * generating_s
+        fitting = [budget for rung, budget in enumerate(self._budgets) if self._expected_s(rung) <= allowed_s]
+        least = min(LEAST_PROMPT_TOKENS * min(len(prompts), MOST_PROMPTS), self._budgets[-1])
+        return max([least, *fitting])
+
+    def _num_alone(self, prompts: Sequence[WaitingPrompt]) -> int:
+        """Prompt tokens of a step without streams; as many as it has room for until it is known what they cost."""
+        most = self._budgets[-1]
+        shortest_s = self._estimate(1)
+        if shortest_s is None or not self._alone_s:
+            return most
+        long_enough = min(_LONG_ENOUGH * shortest_s / self._alone_s * self._alone_tokens, most)
+        return min(max(math.ceil(long_enough), *(prompt.num_left for prompt in prompts)), most)
 
     def observe(self, step: MeasuredStep) -> None:
         """Learns from a step."""

@@ -8,11 +8,12 @@ whoever waits for blocks.
 
 import math
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 from engine.cache.pool import BlockPool, BlockState
 from engine.cache.prefix import PrefixCache
-from engine.pacing import StepPacer
+from engine.pacing import MOST_PROMPTS, StepPacer, WaitingPrompt
 from engine.sequence import Sequence, SequenceId, SequenceState
 from engine.sharing import SharedBlocks
 from kvtransfer.layout import BlockId
@@ -22,8 +23,8 @@ from kvtransfer.layout import BlockId
 class EngineLimits:
     """Bounds of an engine: `max_batch_tokens` and `max_sequences` of a step, `max_requests` of what is held at once.
 
-    `max_requests` counts `Request.num_places`. `max_slowdown` is how many times as long a step
-    that generates may take for the prompt tokens in it; see `engine.pacing`.
+    `max_requests` counts `Request.num_places`. `max_slowdown` is how many times as long a step that generates may take
+    for a long prompt; see `engine.pacing`.
     """
 
     max_model_len: int
@@ -80,8 +81,8 @@ class Snapshot:
     """What a plan is made from. Sequences, pool and prefix cache are only read.
 
     `running` and `waiting` are in order; `waiting` holds sequences to compute here (WAITING) and such whose KV waits
-    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run. `pacer` says what a step in which
-    streams get their next tokens may compute besides.
+    elsewhere (AWAITING_KV). `num_granted` sequences receive KV now and will run. `pacer` says what a step may compute
+    of prompts.
     """
 
     limits: EngineLimits
@@ -135,8 +136,8 @@ class _Planner:
         # One-token sequences first: a long prompt must not hold up the streams of others.
         for sequence in computable if not prompts else [each for each in computable if each.num_pending_tokens == 1]:
             self._continue(sequence)
-        if any(not sequence.is_prefill and sequence.sequence_id in self._slices for sequence in computable):
-            self._pace(len(prompts))
+        has_streams = any(not each.is_prefill and each.sequence_id in self._slices for each in computable)
+        self._pace(prompts, num_streams=len(self._slices) if has_streams else 0)
         for sequence in prompts:
             self._continue(sequence)
         if self._blocked is None and not self._preempted:
@@ -147,18 +148,32 @@ class _Planner:
             self._slices[sequence_id] = self._slices[sequence_id]._replace(copied=copied)
         return StepPlan(tuple(self._preempted), tuple(self._leases), tuple(self._slices.values()))
 
-    def _pace(self, num_running: int) -> None:
-        """Keeps what a step computes of prompts to what the streams in it bear with.
+    def _pace(self, running: list[Sequence], *, num_streams: int) -> None:
+        """Keeps what a step computes of prompts to what the pacer allows beside `num_streams` tokens of streams.
 
-        `num_running` prompts run; of those that wait, as many count as have a place.
+        The prompts of `running` count, and of those that wait as many as have a place.
         """
-        num_streams = len(self._slices)
-        waiting = [each for each in self._snapshot.waiting if each.state is SequenceState.WAITING]
-        num_prompts = num_running + sum(sequence.num_pending_tokens > 1 for sequence in waiting)
-        num_prompts = min(num_prompts, self._limits.max_sequences - num_streams)
-        if num_prompts > 0:
-            budget = self._snapshot.pacer.num_prompt_tokens(num_streams=num_streams, num_prompts=num_prompts)
+        waiting = (each for each in self._snapshot.waiting if each.state is SequenceState.WAITING)
+        joining = (each for each in waiting if each.num_pending_tokens > 1 and not each.is_paused)
+        num_counted = min(self._limits.max_sequences - len(self._slices), MOST_PROMPTS)
+        prompts = [self._waiting_prompt(each) for each in islice(chain(running, joining), num_counted)]
+        if prompts:
+            budget = self._snapshot.pacer.num_prompt_tokens(num_streams=num_streams, prompts=prompts)
             self._num_tokens_left = min(self._num_tokens_left, budget)
+
+    def _waiting_prompt(self, sequence: Sequence) -> WaitingPrompt:
+        num_left = sequence.num_pending_tokens - len(self._cached(sequence)) * sequence.hasher.block_size
+        is_new = sequence.state is SequenceState.WAITING
+        num_tokens = num_left if is_new else sequence.num_known_tokens - (sequence.num_cached_tokens or 0)
+        return WaitingPrompt(num_tokens, num_left)
+
+    def _cached(self, sequence: Sequence) -> tuple[BlockId, ...]:
+        """Blocks of the prefix cache that a sequence would share if it joined now."""
+        if sequence.lease or sequence.is_scoring:
+            return ()
+        # At least one token is computed, for its logits, and nothing in a published block: so a whole block is.
+        num_sharable = (sequence.num_known_tokens - 1) // sequence.hasher.block_size
+        return self._snapshot.prefix.match(sequence.chain(num_sharable))
 
     def _continue(self, sequence: Sequence) -> None:
         """Gives a running sequence its part, at the cost of sequences that come after it when the pool is short."""
@@ -205,13 +220,8 @@ class _Planner:
         return True
 
     def _admit_to_compute(self, sequence: Sequence) -> bool:
-        shared: tuple[BlockId, ...] = ()
-        start = sequence.num_computed_tokens
-        if not sequence.lease and not sequence.is_scoring:
-            # At least one token is computed, for its logits, and nothing in a published block: so a whole block is.
-            num_sharable = (sequence.num_known_tokens - 1) // sequence.hasher.block_size
-            shared = self._snapshot.prefix.match(sequence.chain(num_sharable))
-            start = len(shared) * sequence.hasher.block_size
+        shared = self._cached(sequence)
+        start = sequence.num_computed_tokens + len(shared) * sequence.hasher.block_size
         num_tokens = self._chunk(sequence, start)
         # A prefill takes all its blocks at once: it is never preempted, so it must never wait for blocks half way.
         num_covered = sequence.num_known_tokens if sequence.is_prefill else start + num_tokens

@@ -1,5 +1,5 @@
-"""The budget of prompt tokens beside streams: what it settles at, how it gets there, and that nothing else depends on
-it. Steps take as long as a model of a machine says; no test waits for anything."""
+"""The budget of prompt tokens, beside streams and without: what it settles at, how it gets there, and that nothing
+else depends on it. Steps take as long as a model of a machine says; no test waits for anything."""
 
 import math
 import random
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.engine import Engine
-from engine.fake import FakeRunner, expected_tokens
-from engine.pacing import MeasuredStep, StepPacer
-from engine.request import Request
+from engine.fake import FakeRunner, FakeSource, expected_tokens
+from engine.pacing import MeasuredStep, StepPacer, WaitingPrompt
+from engine.request import Request, RequestId
 from engine.step import SequenceSlice, SliceResult
 from tests.engine.making import BLOCK_SIZE, make_hasher, make_limits, make_prefill, make_request, make_sampling
 
@@ -51,8 +51,10 @@ def prefill(pacer: StepPacer, machine: Machine, *, num_tokens: int = 512) -> Non
     pacer.observe(MeasuredStep(0, num_tokens, machine(0, num_tokens)))
 
 
-def budget(pacer: StepPacer, *, num_streams: int = 1, num_prompts: int = 1) -> int:
-    return pacer.num_prompt_tokens(num_streams=num_streams, num_prompts=num_prompts)
+def budget(pacer: StepPacer, *, num_streams: int = 1, num_prompts: int = 1, num_tokens: int = 1000) -> int:
+    """While `num_prompts` wait that have just begun; by default long ones."""
+    prompts = [WaitingPrompt(num_tokens, num_tokens)] * num_prompts
+    return pacer.num_prompt_tokens(num_streams=num_streams, prompts=prompts)
 
 
 def mix(
@@ -162,6 +164,36 @@ def test_each_further_prompt_lets_a_step_take_as_much_longer_until_the_eighth() 
     generate(pacer, linear)
     assert [budget(pacer, num_prompts=count) for count in (1, 2, 3, 4, 6, 8)] == [8, 16, 24, 40, 56, 80]
     assert [budget(pacer, num_prompts=count) for count in (9, 100)] == [80, 80]
+
+
+def test_a_short_prompt_counts_as_four_and_two_as_all_that_count() -> None:
+    pacer = make_pacer(max_slowdown=2.0)
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, linear)
+    assert [budget(pacer, num_prompts=count, num_tokens=512) for count in (1, 2, 3)] == [40, 80, 80]
+    assert [budget(pacer, num_prompts=count, num_tokens=513) for count in (1, 2, 3)] == [8, 16, 24]
+
+
+def test_a_prompt_is_as_short_as_it_was_when_it_began() -> None:
+    pacer = make_pacer(max_slowdown=2.0)
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, linear)
+    assert pacer.num_prompt_tokens(num_streams=1, prompts=[WaitingPrompt(1000, 10)]) == 8
+    assert pacer.num_prompt_tokens(num_streams=1, prompts=[WaitingPrompt(100, 10), WaitingPrompt(1000, 10)]) == 48
+
+
+def test_four_tokens_are_always_allowed_of_a_short_prompt_too_and_no_more() -> None:
+    pacer = make_pacer(max_slowdown=1.0)
+    generate(pacer, linear)
+    assert [budget(pacer, num_prompts=count, num_tokens=100) for count in (1, 2, 8, 9)] == [4, 8, 32, 32]
+
+
+def test_a_budget_that_fits_is_taken_though_a_smaller_one_was_once_dearer() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    pacer.observe(MeasuredStep(1, 80, linear(1, 80)))
+    pacer.observe(MeasuredStep(1, 32, 0.5))
+    assert budget(pacer) == 80
 
 
 def test_a_budget_that_took_too_long_is_tried_again_after_128_steps() -> None:
@@ -288,20 +320,82 @@ def test_a_slowdown_below_one_is_refused(max_slowdown: float) -> None:
         make_pacer(max_slowdown=max_slowdown)
 
 
+# Without streams
+
+
+def alone(pacer: StepPacer, *prompts: WaitingPrompt) -> int:
+    return pacer.num_prompt_tokens(num_streams=0, prompts=prompts)
+
+
+def make_experienced(*, generating_s: float = 0.010, token_s: float = 0.001) -> StepPacer:
+    """A pacer that knows how long a step takes that generates for one, and what a prompt token costs alone."""
+    pacer = make_pacer()
+    generate(pacer, lambda *_: generating_s)
+    prefill(pacer, lambda *rows: token_s * rows[1])
+    return pacer
+
+
+def test_without_streams_a_step_takes_short_prompts_until_it_is_as_long_as_eight_that_generate() -> None:
+    assert alone(make_experienced(), *[WaitingPrompt(32, 32)] * 8) == 80
+    assert alone(make_experienced(token_s=0.003), *[WaitingPrompt(16, 16)] * 8) == 27
+    assert alone(make_experienced(generating_s=0.005), WaitingPrompt(10, 10)) == 40
+
+
+def test_without_streams_a_step_takes_as_many_tokens_as_any_prompt_has_left() -> None:
+    pacer = make_experienced()
+    assert alone(pacer, WaitingPrompt(300, 300), WaitingPrompt(32, 32)) == 300
+    assert alone(pacer, WaitingPrompt(32, 32), WaitingPrompt(300, 300)) == 300
+    assert alone(pacer, WaitingPrompt(2000, 2000), WaitingPrompt(32, 32)) == 512
+    assert alone(pacer, WaitingPrompt(2000, 20), WaitingPrompt(32, 32)) == 80
+
+
+def test_without_streams_a_step_is_full_where_reading_weights_is_what_takes_so_long() -> None:
+    assert alone(make_experienced(token_s=0.0001), *[WaitingPrompt(32, 32)] * 8) == 512
+    assert alone(make_experienced(token_s=1e-300, generating_s=1e300), WaitingPrompt(32, 32)) == 512
+
+
+def test_without_streams_a_step_is_full_until_both_its_costs_are_known() -> None:
+    pacer = make_pacer()
+    assert alone(pacer, WaitingPrompt(32, 32)) == 512
+    prefill(pacer, linear)
+    assert alone(pacer, WaitingPrompt(32, 32)) == 512
+    pacer = make_pacer()
+    generate(pacer, linear)
+    assert alone(pacer, WaitingPrompt(32, 32)) == 512
+
+
+def test_without_streams_what_a_step_for_more_of_them_takes_counts_while_nothing_else_is_known() -> None:
+    pacer = make_pacer()
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, lambda *_: 0.020, num_generating=16)
+    assert alone(pacer, WaitingPrompt(32, 32)) == 160
+    generate(pacer, lambda *_: 0.010, num_generating=1)
+    assert alone(pacer, WaitingPrompt(32, 32)) == 80
+
+
+def test_without_streams_an_infinite_slowdown_bounds_nothing() -> None:
+    pacer = make_pacer(max_slowdown=math.inf)
+    generate(pacer, linear)
+    prefill(pacer, linear)
+    assert alone(pacer, WaitingPrompt(32, 32)) == 512
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0.0, 100.0)), max_size=60),
     st.integers(1, 64),
     st.integers(1, 100),
+    st.integers(1, 1000),
 )
 def test_whatever_is_measured_the_budget_is_within_bounds(
-    steps: list[tuple[int, int, float]], num_streams: int, num_prompts: int
+    steps: list[tuple[int, int, float]], num_streams: int, num_prompts: int, num_tokens: int
 ) -> None:
     pacer = make_pacer()
     generate(pacer, linear)
     for step in steps:
         pacer.observe(MeasuredStep(*step))
-        found = budget(pacer, num_streams=num_streams, num_prompts=num_prompts)
+        found = budget(pacer, num_streams=num_streams, num_prompts=num_prompts, num_tokens=num_tokens)
         assert 4 * min(num_prompts, 8) <= found <= 512 and found % 4 == 0
+        assert min(num_tokens, 512) <= budget(pacer, num_streams=0, num_tokens=num_tokens) <= 512
 
 
 # In an engine
@@ -329,6 +423,15 @@ def make_modelled(
     runner = ModelledRunner(linear)
     limits = make_limits(max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, max_slowdown=max_slowdown)
     engine = Engine(runner, num_blocks=300, hasher=make_hasher(), limits=limits, clock=lambda: runner.now)
+    return engine, runner
+
+
+def make_experienced_engine(*, max_sequences: int = 8) -> tuple[Engine, ModelledRunner]:
+    """A step that generates takes 10 ms, prompt tokens alone a little more than 1 ms each."""
+    engine, runner = make_modelled(max_slowdown=2.0, max_sequences=max_sequences)
+    engine.add(make_request("before", range(5000, 5128)))
+    drive(engine, {}, num_steps=5)
+    assert not engine.has_work()
     return engine, runner
 
 
@@ -366,7 +469,7 @@ def test_a_long_prompt_leaves_streams_their_pace_and_is_computed_meanwhile() -> 
 
 
 def test_every_prompt_that_waits_adds_to_the_budget_and_the_first_may_use_all_of_it() -> None:
-    engine, runner = make_modelled(max_slowdown=2.0)
+    engine, runner = make_modelled(max_slowdown=2.0, max_batch_tokens=29)
     engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
     drive(engine, {}, num_steps=10)
     for first in (200, 300, 400):
@@ -377,7 +480,7 @@ def test_every_prompt_that_waits_adds_to_the_budget_and_the_first_may_use_all_of
 
 
 def test_a_prompt_that_has_no_place_in_the_batch_does_not_count() -> None:
-    engine, runner = make_modelled(max_slowdown=2.0, max_sequences=2)
+    engine, runner = make_modelled(max_slowdown=2.0, max_sequences=2, max_batch_tokens=29)
     engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
     drive(engine, {}, num_steps=10)
     for first in (200, 300, 400):
@@ -387,15 +490,124 @@ def test_a_prompt_that_has_no_place_in_the_batch_does_not_count() -> None:
 
 
 def test_a_burst_is_computed_in_few_steps_because_many_wait_for_few() -> None:
-    engine, runner = make_modelled(max_slowdown=4.0)
+    engine, runner = make_modelled(max_slowdown=2.0)
     engine.add(make_request("first", range(1000, 1120), sampling=make_sampling(max_tokens=30)))
     drive(engine, {}, num_steps=1)
     for first in (200, 400, 600, 800):
         engine.add(make_request(str(first), range(first, first + 120), sampling=make_sampling(max_tokens=30)))
     drive(engine, {}, num_steps=10)
-    # Beside one stream and with four prompts, 120 ms are allowed; 30 ms less for every prompt that is done.
+    # Four short prompts, three and two are allowed 80 ms beside a step's own 10, the last one 40.
     mixed = [(step.num_generating, step.num_prompt_tokens) for step in runner.steps[1:]]
-    assert mixed == [(1, 0), (1, 96), (1, 120), (2, 80), (3, 56), (3, 56), (4, 24), (4, 24), (4, 24), (5, 0)]
+    assert mixed == [(1, 0), (1, 64), (1, 80), (2, 80), (2, 80), (3, 80), (4, 40), (4, 40), (4, 16), (5, 0)]
+
+
+def test_a_short_prompt_is_computed_in_few_long_steps_and_the_end_of_a_long_one_in_many_short_ones() -> None:
+    for num_tokens, wanted_steps in ((100, [32, 40, 28]), (130, [8] * 16 + [2])):
+        engine, runner = make_experienced_engine()
+        engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+        drive(engine, {}, num_steps=2)
+        engine.add(make_request("prompt", range(200, 200 + num_tokens), sampling=make_sampling(max_tokens=1)))
+        drive(engine, {}, num_steps=len(wanted_steps))
+        assert [step.num_prompt_tokens for step in runner.steps[-len(wanted_steps) :]] == wanted_steps
+
+
+def test_cached_tokens_do_not_make_a_prompt_long_neither_before_it_runs_nor_then() -> None:
+    engine, runner = make_experienced_engine()
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    engine.add(make_request("cached", range(2000, 2100), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=10)
+    engine.add(make_request("prompt", range(2000, 2170), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=2)
+    assert [step.num_prompt_tokens for step in runner.steps[-2:]] == [32, 38]
+
+
+def test_a_prompt_that_is_scored_is_as_long_as_all_of_it() -> None:
+    engine, runner = make_experienced_engine()
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    engine.add(make_request("cached", range(2000, 2140), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=20)
+    engine.add(make_request("prompt", range(2000, 2140), sampling=make_sampling(max_tokens=1, num_prompt_logprobs=0)))
+    drive(engine, {}, num_steps=2)
+    assert [step.num_prompt_tokens for step in runner.steps[-2:]] == [8, 8]
+
+
+def test_a_prompt_that_may_not_run_yet_does_not_count() -> None:
+    engine, runner = make_experienced_engine()
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=2)
+    engine.add(make_request("paused", range(200, 240), credit=0))
+    engine.add(make_request("long", range(400, 600), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=2)
+    assert [step.num_prompt_tokens for step in runner.steps[-2:]] == [8, 8]
+
+
+def test_prompts_of_one_token_do_not_count_beside_a_long_one() -> None:
+    engine, runner = make_experienced_engine()
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=2)
+    engine.add(make_request("long", range(400, 600), sampling=make_sampling(max_tokens=1)))
+    for number in range(3):
+        engine.add(make_request(str(number), (number,)))
+    drive(engine, {}, num_steps=1)
+    assert runner.steps[-1].num_prompt_tokens == 8
+
+
+def test_a_prompt_that_is_computed_elsewhere_does_not_count() -> None:
+    runner = ModelledRunner(linear)
+    source = FakeSource(runner, block_size=BLOCK_SIZE)
+    source.offering = {RequestId("elsewhere")}
+    limits = make_limits(max_batch_tokens=128, max_slowdown=2.0)
+    engine = Engine(
+        runner, num_blocks=300, hasher=make_hasher(), limits=limits, source=source, clock=lambda: runner.now
+    )
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=5)
+    engine.add(make_request("elsewhere", range(200, 240)))
+    drive(engine, {}, num_steps=1)
+    engine.add(make_request("long", range(400, 600), sampling=make_sampling(max_tokens=1)))
+    source.ready(*source.attempts)  # it waits for blocks when the next step is planned
+    drive(engine, {}, num_steps=2)
+    assert [step.num_prompt_tokens for step in runner.steps[-2:]] == [4, 8]
+
+
+def test_without_streams_a_prompt_that_goes_on_is_computed_in_full_chunks() -> None:
+    engine, runner = make_experienced_engine()
+    engine.add(make_request("long", range(400, 700), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=3)
+    assert [step.num_prompt_tokens for step in runner.steps[-3:]] == [128, 128, 44]
+
+
+def test_without_streams_the_ninth_prompt_waits_however_long_it_is() -> None:
+    engine, runner = make_experienced_engine(max_sequences=9)
+    for number in range(8):
+        prompt = range(200 * number, 200 * number + 20)
+        engine.add(make_request(str(number), prompt, sampling=make_sampling(max_tokens=1)))
+    engine.add(make_request("ninth", range(2000, 2120), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=1)
+    assert runner.steps[-1].num_prompt_tokens == 75
+
+
+def test_without_streams_the_first_of_a_burst_have_their_tokens_while_the_others_are_computed() -> None:
+    engine, runner = make_experienced_engine()
+    names = [str(number) for number in range(6)]
+    for number, name in enumerate(names):
+        engine.add(make_request(name, range(200 * number, 200 * number + 20), sampling=make_sampling(max_tokens=1)))
+    tokens: dict[str, list[int]] = {}
+    drive(engine, tokens, num_steps=1)
+    assert (list(tokens), runner.steps[-1].num_prompt_tokens) == (names[:3], 75)
+    drive(engine, tokens, num_steps=1)
+    assert (list(tokens), runner.steps[-1].num_prompt_tokens) == (names, 45)
+
+
+def test_without_streams_a_burst_behind_a_cached_prefix_counts_by_what_is_not_cached() -> None:
+    engine, runner = make_experienced_engine()
+    engine.add(make_request("cached", range(2000, 2100), sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=1)
+    for first in range(200, 320, 20):
+        prompt = (*range(2000, 2100), *range(first, first + 20))
+        engine.add(make_request(str(first), prompt, sampling=make_sampling(max_tokens=1)))
+    drive(engine, {}, num_steps=2)
+    assert [step.num_prompt_tokens for step in runner.steps[-2:]] == [74, 46]
 
 
 def test_the_first_stream_of_an_engine_waits_for_no_prompt_once_and_the_prompt_one_step() -> None:

@@ -80,7 +80,8 @@ class WorkerConfig(ModelConfig):
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_slowdown: float = setting(
         1.6,
-        "times as long a step may take for computing prompt tokens beside streams; more lets prompts wait less",
+        "times as long a step may take for a long prompt beside streams, a short one counts as four; more lets prompts "
+        "wait less",
         minimum=1,
     )
     max_requests: int = setting(
@@ -203,7 +204,8 @@ class ServeConfig(ModelConfig):
     max_sequences: int = setting(64, "sequences computed in one step at most", minimum=1)
     max_slowdown: float = setting(
         1.6,
-        "times as long a step may take for computing prompt tokens beside streams; more lets prompts wait less",
+        "times as long a step may take for a long prompt beside streams, a short one counts as four; more lets prompts "
+        "wait less",
         minimum=1,
     )
     transports: tuple[Literal["shm", "tcp"], ...] = setting(("shm", "tcp"), "transports to offer and use")
