@@ -38,6 +38,7 @@ from worker.pool_pages import collapse_pages
 BLOCK_SIZES: Final = (16, 32, 64)
 _STEPS: Final = 4
 """In a turn, after one that is not counted: it wakes the threads."""
+_LEAST_ROUNDS: Final = 3
 _GREEDY: Final = SamplingParams(
     temperature=0.0,
     top_k=0,
@@ -137,7 +138,7 @@ def measure(contenders: Sequence[Contender], decodes: Decodes, *, seconds: float
     order = list(range(len(contenders)))
     turns: list[list[float]] = [[] for _ in contenders]
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(turns[0]) < len(contenders):
+    while time.perf_counter() < end or len(turns[0]) < _LEAST_ROUNDS:
         for index in order:
             turns[index].append(_take_turn(contenders[index].runner, steps[index]))
         order.append(order.pop(0))
