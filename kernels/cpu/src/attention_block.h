@@ -170,6 +170,7 @@ void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const Tile
 template <class Type>
 void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
   const int64_t bytes = most(block.padded_dim * KeysOf<Type>::kBytes, kLine);
+  touch(next);
   Fetched fetched{{rows.values, rows.value_bytes, bytes}, {next.keys, next.key_bytes, bytes}};
   turn_keys<KeysOf<Type>>(rows, bytes, tiles.keys, fetched.values);
   for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
