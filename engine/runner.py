@@ -147,7 +147,8 @@ class ModelRunner:
         if not slices:
             return []
         batch = lay_out(slices, block_size=self._block_size)
-        self._copy_blocks([part.copy for part in slices if part.copy is not None])
+        if copies := [part.copy for part in slices if part.copy is not None]:
+            self._copy_blocks(copies)
         logits, scored = self._compute(batch, self._pages)
         draws = [part.draw for part in slices if part.draw is not None]
         tokens = iter(sample(logits, draws, self._backend))

@@ -37,14 +37,15 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tupl
     logits: [len(draws), vocab_size], float32, on the CPU; not written to. Raises ArithmeticError when a row has a NaN,
     an infinity, or nothing left to choose.
     """
-    parts = [(row, draw, choice) for row, draw in enumerate(draws) for choice in draw.choices]
-    token_ids = backend.sample(logits, [_token_draw(*part) for part in parts])
+    token_draws = [_token_draw(row, draw, choice) for row, draw in enumerate(draws) for choice in draw.choices]
+    token_ids = backend.sample(logits, token_draws)
     if all(draw.sampling.num_logprobs is None for draw in draws):
         drawn = iter(token_ids)
         return [tuple([SampledToken(draw.output_index, next(drawn)) for _ in draw.choices]) for draw in draws]
+    owners = [(row, draw) for row, draw in enumerate(draws) for _ in draw.choices]
     asked = [
         _Asked(row, token_id, draw.sampling.num_logprobs)
-        for (row, draw, _), token_id in zip(parts, token_ids, strict=True)
+        for (row, draw), token_id in zip(owners, token_ids, strict=True)
     ]
     tokens = iter(zip(token_ids, _likelihoods(logits, asked, backend), strict=True))
     return [tuple(_token(draw.output_index, *next(tokens)) for _ in draw.choices) for draw in draws]

@@ -19,7 +19,8 @@ from kernels.sampling import Penalties, TokenDraw, TokenScores
 if TYPE_CHECKING:
     from kernels.cpu.backend import CpuBackend
 
-_NOT_FINITE = -1
+_FAILURES = {-1: "the model's logits are not finite", -2: "every token is banned"}
+"""What stands in the place of a token that could not be drawn."""
 _UNPENALISED = Penalties(1.0, 0.0, 0.0, (), ())
 _DRAW = struct.Struct("=qqQqqqqdffffII")
 """`Draw` of `src/abi.h`: row, top_k, seed, first_id, num_prompt, num_output, num_banned, top_p, temperature,
@@ -52,10 +53,9 @@ class Sampler:
         if status:
             check(status, out_of_range=f"a draw is from a row outside the {len(owner)} there are")
         drawn = tokens.tolist()
-        if min(drawn, default=0) < 0:
-            if _NOT_FINITE in drawn:
-                raise ArithmeticError("the model's logits are not finite")
-            raise ArithmeticError("every token is banned")
+        for token in drawn:
+            if token < 0:
+                raise ArithmeticError(_FAILURES[token])
         return drawn
 
     def _describe(self, logits: Tensor) -> tuple[Matrix, Tensor]:
