@@ -32,7 +32,8 @@ MAX_HOLD_S = 600.0
 CHUNK_BYTES = 64 * 2**20
 """Bound of what one announcement makes its reader read at once, so that every read ends soon and shows progress.
 
-Smaller chunks let checksum, read and verification overlap, which gains less than their messages cost."""
+Smaller chunks let checksum, read and verification overlap, which gains less than their messages cost.
+"""
 
 
 @dataclass(frozen=True, slots=True)
