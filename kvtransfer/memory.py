@@ -36,8 +36,8 @@ PROBE_BYTES: Final = NUM_PROBE_UNITS * PROBE_UNIT_BYTES
 F_SEAL_FUTURE_WRITE: Final = 0x0010
 
 # Not in Python's `mmap`.
+_PROT_NONE: Final = 0
 _MAP_FIXED: Final = 0x10
-_MAP_NORESERVE: Final = 0x4000
 
 
 class PoolMemory:
@@ -90,24 +90,37 @@ class PoolMemory:
 
 
 def map_file(descriptor: int, size_bytes: int, *, protection: int) -> memoryview:
-    """Maps a file's first `size_bytes` as Linux shares it, where its huge pages can be mapped as such.
+    """Maps a file's first `size_bytes` as Linux shares it, where its huge pages can be mapped as such if there is room.
 
     The view is read-only unless `protection` has PROT_WRITE. What is mapped goes with its last view. Raises OSError.
     """
-    # The interpreter maps more than is needed: somewhere in it is an address that fits. There the file takes the place
-    # of what was mapped, and is unmapped with it.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    reserved = memoryview(mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags))
-    begin = -address_of(reserved) % HUGE_PAGE_BYTES
-    view = reserved[begin : begin + size_bytes]
+    try:
+        # No access: it is neither data nor committed, however little of these the process may have.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        reserved = mmap.mmap(-1, size_bytes + HUGE_PAGE_BYTES, flags=flags, prot=_PROT_NONE)
+    except OSError:  # too few addresses for that much more: anywhere will do
+        view = memoryview(mmap.mmap(descriptor, size_bytes, mmap.MAP_SHARED, protection))
+    else:
+        view = _map_within(reserved, descriptor, size_bytes, protection)
+    return view if protection & mmap.PROT_WRITE else view.toreadonly()
+
+
+def _map_within(reserved: mmap.mmap, descriptor: int, size_bytes: int, protection: int) -> memoryview:
+    """Puts the file where the first huge page of `reserved` could begin; both are unmapped with the view's last part.
+
+    The view is writable, whatever `protection` is. Raises OSError.
+    """
+    begin: int = np.frombuffer(reserved, np.uint8).__array_interface__["data"][0]
+    address = begin + -begin % HUGE_PAGE_BYTES
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    address = address_of(view)
     if libc.mmap(address, size_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0) != address:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return view if protection & mmap.PROT_WRITE else view.toreadonly()
+    mapped = (ctypes.c_ubyte * size_bytes).from_address(address)
+    vars(mapped)["reserved"] = reserved  # every view keeps `mapped`, and that keeps the addresses
+    return memoryview(mapped).cast("B")
 
 
 def address_of(view: memoryview) -> int:

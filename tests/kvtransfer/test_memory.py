@@ -4,6 +4,8 @@ import errno
 import fcntl
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -65,6 +67,43 @@ def num_mappings(name: str) -> int:
 def test_a_pool_begins_where_a_huge_page_could() -> None:
     pools = [PoolMemory(3, 4096) for _ in range(5)]
     assert [address_of(pool.buffer) % HUGE_PAGE_BYTES for pool in pools] == [0] * 5
+
+
+UNDER_A_LIMIT = """
+import resource
+from kvtransfer.memory import HUGE_PAGE_BYTES, PoolMemory, address_of
+
+resource.setrlimit(resource.RLIMIT_DATA, (200 * 2**20,) * 2)
+memory = PoolMemory(300, 2**20)
+assert memory.is_shareable
+assert address_of(memory.buffer) % HUGE_PAGE_BYTES == 0
+"""
+
+
+def test_addresses_for_a_pool_are_no_data_of_the_process() -> None:
+    subprocess.run([sys.executable, "-c", UNDER_A_LIMIT], check=True)
+
+
+def refuse_reserving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has room for files and none for the addresses round them."""
+    map_anywhere = mmap.mmap
+
+    def limited(descriptor: int, *arguments: int, **options: int) -> mmap.mmap:
+        if descriptor == -1:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return map_anywhere(descriptor, *arguments, **options)
+
+    monkeypatch.setattr(mmap, "mmap", limited)
+
+
+def test_where_no_addresses_can_be_reserved_a_pool_is_mapped_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_reserving(monkeypatch)
+    memory = PoolMemory(2, 4096)
+    descriptor = memory.read_only_fd()
+    view = map_file(descriptor, memory.size_bytes, protection=mmap.PROT_READ)
+    memory.block(BlockId(1))[:5] = b"baton"
+    assert (memory.is_shareable, view.readonly, bytes(view[4096:4101])) == (True, True, b"baton")
+    os.close(descriptor)
 
 
 @pytest.mark.parametrize("size_bytes", [1, 4096, 5000, HUGE_PAGE_BYTES + 1])
