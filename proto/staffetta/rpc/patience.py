@@ -26,7 +26,10 @@ class Patience:
         """Whether the read that waits now is being cancelled, because it has waited for too long."""
 
     async def wait(self, read: Callable[[], Awaitable[T]], *, limit_s: float) -> T:
-        """Awaits `read()`. Cancels it and raises TimeoutError when that takes longer than `limit_s`."""
+        """Awaits `read()`. Cancels it and raises TimeoutError when that takes longer than `limit_s`.
+
+        What a read that is cancelled returns or raises instead comes out as it is.
+        """
         loop = asyncio.get_running_loop()
         reader = asyncio.current_task()
         assert reader is not None, "a coroutine is run by a task"
@@ -39,10 +42,12 @@ class Patience:
             return await read()
         except asyncio.CancelledError:
             # Somebody else may want the task to end as well; then it does.
-            if self._has_ended and reader.uncancel() <= num_cancelled:
+            if self._has_ended and reader.cancelling() <= num_cancelled + 1:
                 raise TimeoutError from None
             raise
         finally:
+            if self._has_ended:
+                reader.uncancel()
             self._reader = None
             self._has_ended = False
 
