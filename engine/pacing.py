@@ -2,14 +2,15 @@
 
 While one prompt waits, a step beside streams takes at most `max_slowdown` times as long as one that only generates;
 every further prompt, up to the eighth, lets it take as much longer again, because many then gain by what few lose. A
-short prompt, which one step could compute whole, counts as four: it is over after a few long gaps, where a long one
-would make hundreds. Its length when it began counts, so the end of a long prompt is not short. A stream's gap is at
-most 1 + 8 x (max_slowdown - 1) times its usual one, 5.8 times where that is 1.6, but where even the four tokens of each
-prompt that are always allowed take longer.
+short prompt, of at most 512 tokens that one step could compute whole, counts as four: it is over after a few long gaps,
+where a long one would make hundreds. Its length when it began counts, so the end of a long prompt is not short. A
+stream's gap is at most 1 + 8 x (max_slowdown - 1) times its usual one, 5.8 times where that is 1.6, but where even the
+four tokens of each prompt that are always allowed take longer. What is usual changes with the streams' contexts and
+with the machine, so after every 32 steps with prompt tokens one goes without.
 
 Without streams, a step takes prompts until it is so long that what every step costs hardly matters: the first of a
-burst then have their tokens while the others are computed. It is never kept shorter than the longest prompt would have
-it, which would be slow beside the streams of those before it.
+burst then have their tokens while the others are computed. It is never kept shorter than the longest of the prompts
+that count would have it, which would be slow beside the streams of those before it.
 
 Everything here follows from measured durations: there is no clock, and nothing that depends on what the tokens are.
 """
@@ -30,6 +31,10 @@ MOST_PROMPTS: Final = 8
 """Prompts that count. With so many, waiting costs them a fifth more than computing them alone."""
 _SHORT_COUNTS: Final = 4
 """Prompts that a short one counts as: with half as many it waits noticeably longer, with twice as many hardly less."""
+_SHORT_TOKENS: Final = 512
+"""Of a short prompt at most, however many a step may compute: few enough for a few long gaps."""
+_RELEARN_STEPS: Final = 32
+"""Steps with prompt tokens until one goes without, to learn anew how long that takes: prompts wait 3 % longer."""
 _LONG_ENOUGH: Final = 8
 """Steps that generate for one stream: if one step is as long, at most an eighth of it is what every step costs."""
 _RETRY_STEPS: Final = 128
@@ -104,22 +109,25 @@ class StepPacer:
         self._alone_s = self._alone_tokens = 0.0
         """Seconds and tokens of steps without streams; the newest count most, and long ones more than short ones."""
         self._num_steps = 0
-        """Steps with both."""
+        """Steps with both that told something about a budget."""
+        self._num_mixed = 0
+        """Steps with both since the last one that only generated."""
 
     def num_prompt_tokens(self, *, num_streams: int, prompts: Sequence[WaitingPrompt]) -> int:
         """Prompt tokens that a step may compute beside `num_streams` tokens of streams while `prompts` wait.
 
-        They are one at least. 0 once in the life of a pacer at most: when there are streams, and the length of a step
-        that only generates has yet to be learned.
+        They are one at least. 0 beside streams where the length of a step that only generates has to be learned, for
+        the first time or anew: the next step is to be one.
         """
         if math.isinf(self._max_slowdown):
             return self._budgets[-1]
         if not num_streams:
             return self._num_alone(prompts)
         generating_s = self._estimate(num_streams)
-        if generating_s is None:
+        if generating_s is None or self._num_mixed >= _RELEARN_STEPS:
             return 0
-        counts = [_SHORT_COUNTS if prompt.num_tokens <= self._budgets[-1] else 1 for prompt in prompts]
+        most_short = min(_SHORT_TOKENS, self._budgets[-1])
+        counts = [_SHORT_COUNTS if prompt.num_tokens <= most_short else 1 for prompt in prompts]
         allowed_s = min(sum(counts), MOST_PROMPTS) * (self._max_slowdown - 1) * generating_s
         fitting = [budget for rung, budget in enumerate(self._budgets) if self._expected_s(rung) <= allowed_s]
         least = min(LEAST_PROMPT_TOKENS * min(len(prompts), MOST_PROMPTS), self._budgets[-1])
@@ -141,7 +149,9 @@ class StepPacer:
             self._alone_tokens = _KEPT * self._alone_tokens + step.num_prompt_tokens
         elif not step.num_prompt_tokens:
             self._generating.setdefault(_size_class(step.num_generating), _Samples()).add(step.seconds)
+            self._num_mixed = 0
         else:
+            self._num_mixed += 1
             self._observe_both(step)
 
     def _observe_both(self, step: MeasuredStep) -> None:

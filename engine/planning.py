@@ -9,7 +9,7 @@ whoever waits for blocks.
 import math
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from engine.cache.pool import BlockPool, BlockState
 from engine.cache.prefix import PrefixCache
@@ -17,6 +17,9 @@ from engine.pacing import MOST_PROMPTS, StepPacer, WaitingPrompt
 from engine.sequence import Sequence, SequenceId, SequenceState
 from engine.sharing import SharedBlocks
 from kvtransfer.layout import BlockId
+
+_MOST_LOOKED_UP: Final = 4096
+"""Tokens of a prompt whose cached beginning counts before its turn to join: hashing a longer one takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,8 @@ class _Planner:
         self._preempted: dict[SequenceId, Sequence] = {}
         self._claimed: set[BlockId] = set()
         """Cached blocks that a planned admission shares: no longer available, but shared a second time for nothing."""
+        self._cached_blocks: dict[SequenceId, tuple[BlockId, ...]] = {}
+        """What `_cached` has found."""
         self._shared = SharedBlocks(snapshot.pool)
         self._blocked: _Blocked | None = None
         """The first sequence that lacks blocks."""
@@ -153,6 +158,8 @@ class _Planner:
 
         The prompts of `running` count, and of those that wait as many as have a place.
         """
+        if math.isinf(self._limits.max_slowdown):
+            return
         waiting = (each for each in self._snapshot.waiting if each.state is SequenceState.WAITING)
         joining = (each for each in waiting if each.num_pending_tokens > 1 and not each.is_paused)
         num_counted = min(self._limits.max_sequences - len(self._slices), MOST_PROMPTS)
@@ -162,7 +169,9 @@ class _Planner:
             self._num_tokens_left = min(self._num_tokens_left, budget)
 
     def _waiting_prompt(self, sequence: Sequence) -> WaitingPrompt:
-        num_left = sequence.num_pending_tokens - len(self._cached(sequence)) * sequence.hasher.block_size
+        num_left = sequence.num_pending_tokens
+        if num_left <= _MOST_LOOKED_UP:
+            num_left -= len(self._cached(sequence)) * sequence.hasher.block_size
         is_new = sequence.state is SequenceState.WAITING
         num_tokens = num_left if is_new else sequence.num_known_tokens - (sequence.num_cached_tokens or 0)
         return WaitingPrompt(num_tokens, num_left)
@@ -171,9 +180,11 @@ class _Planner:
         """Blocks of the prefix cache that a sequence would share if it joined now."""
         if sequence.lease or sequence.is_scoring:
             return ()
-        # At least one token is computed, for its logits, and nothing in a published block: so a whole block is.
-        num_sharable = (sequence.num_known_tokens - 1) // sequence.hasher.block_size
-        return self._snapshot.prefix.match(sequence.chain(num_sharable))
+        if sequence.sequence_id not in self._cached_blocks:
+            # At least one token is computed, for its logits, and nothing in a published block: so a whole block is.
+            num_sharable = (sequence.num_known_tokens - 1) // sequence.hasher.block_size
+            self._cached_blocks[sequence.sequence_id] = self._snapshot.prefix.match(sequence.chain(num_sharable))
+        return self._cached_blocks[sequence.sequence_id]
 
     def _continue(self, sequence: Sequence) -> None:
         """Gives a running sequence its part, at the cost of sequences that come after it when the pool is short."""

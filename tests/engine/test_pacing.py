@@ -4,17 +4,20 @@ else depends on it. Steps take as long as a model of a machine says; no test wai
 import math
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.cache.prefix import PrefixCache
 from engine.engine import Engine
 from engine.fake import FakeRunner, FakeSource, expected_tokens
 from engine.pacing import MeasuredStep, StepPacer, WaitingPrompt
 from engine.request import Request, RequestId
 from engine.step import SequenceSlice, SliceResult
+from kvtransfer.layout import BlockId
+from staffetta.hashing import BlockHash
 from tests.engine.making import BLOCK_SIZE, make_hasher, make_limits, make_prefill, make_request, make_sampling
 
 Machine = Callable[[int, int], float]
@@ -60,11 +63,12 @@ def budget(pacer: StepPacer, *, num_streams: int = 1, num_prompts: int = 1, num_
 def mix(
     pacer: StepPacer, machine: Machine, *, num_generating: int = 1, num_prompts: int = 1, num_steps: int = 1
 ) -> list[int]:
-    """Steps that use the whole budget; those budgets."""
-    found = []
-    for _ in range(num_steps):
-        found.append(budget(pacer, num_streams=num_generating, num_prompts=num_prompts))
-        pacer.observe(MeasuredStep(num_generating, found[-1], machine(num_generating, found[-1])))
+    """Steps that use the whole budget, and such as go without between them; those budgets."""
+    found: list[int] = []
+    while len(found) < num_steps:
+        taken = budget(pacer, num_streams=num_generating, num_prompts=num_prompts)
+        pacer.observe(MeasuredStep(num_generating, taken, machine(num_generating, taken)))
+        found += [taken] if taken else []
     return found
 
 
@@ -172,6 +176,43 @@ def test_a_short_prompt_counts_as_four_and_two_as_all_that_count() -> None:
     generate(pacer, linear)
     assert [budget(pacer, num_prompts=count, num_tokens=512) for count in (1, 2, 3)] == [40, 80, 80]
     assert [budget(pacer, num_prompts=count, num_tokens=513) for count in (1, 2, 3)] == [8, 16, 24]
+
+
+def test_a_prompt_of_more_than_512_tokens_is_long_however_many_a_step_may_compute() -> None:
+    pacer = make_pacer(max_slowdown=2.0, max_tokens=8192)
+    prefill(pacer, lambda *rows: 0.001 * rows[1])
+    generate(pacer, linear)
+    assert [budget(pacer, num_tokens=num_tokens) for num_tokens in (512, 513)] == [40, 8]
+
+
+def test_after_32_steps_with_prompt_tokens_one_goes_without() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    found = []
+    for _ in range(100):
+        found.append(budget(pacer))
+        pacer.observe(MeasuredStep(1, found[-1], linear(1, found[-1])))
+    assert [number for number, taken in enumerate(found) if not taken] == [32, 65, 98]
+
+
+def test_so_many_steps_in_a_row_count_whether_or_not_they_tell_anything_of_a_budget() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear)
+    for _ in range(32):
+        assert budget(pacer, num_streams=4) > 0
+        pacer.observe(MeasuredStep(4, 3, 0.02))  # as many streams have never only generated, and 3 are no budget
+    assert budget(pacer, num_streams=4) == 0
+    assert budget(pacer, num_streams=0) > 0
+    generate(pacer, linear, num_generating=4)
+    assert budget(pacer, num_streams=4) > 0
+
+
+def test_a_prompt_keeps_its_budget_where_everything_becomes_slower_alike() -> None:
+    pacer = make_pacer(max_slowdown=9.0)
+    generate(pacer, linear, num_steps=5)
+    assert mix(pacer, linear, num_steps=30)[-1] == 80
+    found = mix(pacer, lambda *rows: 2 * linear(*rows), num_steps=400)
+    assert min(found) < 80 and found[-100:] == [80] * 100
 
 
 def test_a_prompt_is_as_short_as_it_was_when_it_began() -> None:
@@ -394,6 +435,9 @@ def test_whatever_is_measured_the_budget_is_within_bounds(
     for step in steps:
         pacer.observe(MeasuredStep(*step))
         found = budget(pacer, num_streams=num_streams, num_prompts=num_prompts, num_tokens=num_tokens)
+        if not found:
+            generate(pacer, linear)
+            found = budget(pacer, num_streams=num_streams, num_prompts=num_prompts, num_tokens=num_tokens)
         assert 4 * min(num_prompts, 8) <= found <= 512 and found % 4 == 0
         assert min(num_tokens, 512) <= budget(pacer, num_streams=0, num_tokens=num_tokens) <= 512
 
@@ -465,7 +509,7 @@ def test_a_long_prompt_leaves_streams_their_pace_and_is_computed_meanwhile() -> 
     mixed = [step for step in runner.steps if step.num_generating and step.num_prompt_tokens]
     # 10 ms are allowed beside the stream's own 10 and eight tokens cost 8; the first block was cached.
     assert [step.num_prompt_tokens for step in mixed] == [4, *[8] * 49]
-    assert len(tokens["stream"]) == 50
+    assert len(tokens["stream"]) == 51  # one step went without prompt tokens
 
 
 def test_every_prompt_that_waits_adds_to_the_budget_and_the_first_may_use_all_of_it() -> None:
@@ -661,3 +705,50 @@ def test_tokens_do_not_depend_on_how_long_steps_take() -> None:
         drive(engine, tokens, num_steps=500)
         assert tokens == {request.request_id: wanted(request) for request in requests}
         engine.check_integrity()
+
+
+@pytest.fixture
+def matched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many hashes each look into the prefix cache brought along."""
+    found: list[int] = []
+    match = PrefixCache.match
+
+    def noted(self: PrefixCache, chain: Sequence[BlockHash]) -> tuple[BlockId, ...]:
+        found.append(len(chain))
+        return match(self, chain)
+
+    monkeypatch.setattr(PrefixCache, "match", noted)
+    return found
+
+
+def test_a_plan_looks_once_for_what_is_cached_of_a_prompt(matched: list[int]) -> None:
+    engine, runner = make_modelled(max_slowdown=9.0)
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=3)
+    matched.clear()
+    for first in (200, 300, 400):
+        engine.add(make_request(str(first), range(first, first + 8)))
+    drive(engine, {}, num_steps=1)
+    assert (runner.steps[-1].num_prompt_tokens, matched) == (24, [1, 1, 1])
+
+
+def test_a_very_long_prompt_is_not_hashed_before_its_turn(matched: list[int]) -> None:
+    runner = ModelledRunner(linear)
+    limits = make_limits(max_model_len=10_000, max_slowdown=2.0)
+    engine = Engine(runner, num_blocks=5000, hasher=make_hasher(), limits=limits, clock=lambda: runner.now)
+    engine.add(make_request("stream", range(100, 106), sampling=make_sampling(max_tokens=200)))
+    drive(engine, {}, num_steps=3)
+    matched.clear()
+    engine.add(make_request("first", range(4097)))
+    engine.add(make_request("second", range(4097)))
+    engine.add(make_request("third", range(4096)))
+    drive(engine, {}, num_steps=1)
+    assert matched == [1023, 1024]  # the third for its length, the first because it joins
+
+
+def test_an_engine_that_bounds_no_step_looks_for_nothing_before_its_turn(matched: list[int]) -> None:
+    engine, _ = make_modelled(max_slowdown=math.inf, max_batch_tokens=16)
+    for first in (200, 300, 400):
+        engine.add(make_request(str(first), range(first, first + 40)))
+    drive(engine, {}, num_steps=1)
+    assert matched == [9]
