@@ -1,14 +1,18 @@
 """How much memory this process could take: what the system has left, and what its control groups leave it.
 
-Only reads what the kernel says. Files that are missing, or say nothing, bound nothing.
+Only reads what the kernel says. Files that are missing, or say nothing, bound nothing; nor does a line that is not as
+the kernel writes them.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from staffetta.control_groups import ROOT, ControlGroup, control_groups
+from staffetta.control_groups import ROOT, ControlGroup, control_groups, kernel_text
+
+_AVAILABLE: Final = re.compile(r"^MemAvailable: *([0-9]{1,18}) kB$", re.MULTILINE | re.ASCII)
 
 
 class Headroom(NamedTuple):
@@ -34,33 +38,32 @@ def headroom_bytes(root: Path = ROOT) -> int:
 
 def available_bytes(root: Path = ROOT) -> int:
     """Memory that can be had without swapping: free, and what the system's own caches would give back."""
-    meminfo = root / "proc/meminfo"
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name == "MemAvailable":
-                return int(rest.split()[0]) * 1024
+    if available := _AVAILABLE.search(kernel_text(root / "proc/meminfo")):
+        return int(available[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _left_in_groups(root: Path) -> Iterator[Headroom]:
     """What is left in every control group with a limit, from the process's own to the outermost that is visible."""
     for group in control_groups("memory", root):
-        limit, used = (group.number(name) for name in _FILES[group.version])
-        if limit is not None and used is not None:
+        limits = [limit for name in _LIMITS[group.version] if (limit := group.number(name)) is not None]
+        used = group.number(_USE[group.version])
+        if limits and used is not None:
+            limit = min(limits)
             left = max(0, limit - max(0, used - _file_bytes(group)))
             why = f"bytes are left of the {limit} that control group {group.directory} may take"
             yield Headroom(left, why)
 
 
-_FILES = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}
-"""By version: a group's limit and its use, which includes caches of files."""
-_PREFIX = {1: "total_", 2: ""}
+_LIMITS: Final = {1: ("memory.limit_in_bytes",), 2: ("memory.max", "memory.high")}
+"""By version: what a group may have; beyond `high` it is slowed down until it has less."""
+_USE: Final = {1: "memory.usage_in_bytes", 2: "memory.current"}
+"""By version: what a group has, caches of files included."""
+_PREFIX: Final = {1: "total_", 2: ""}
 """By version: before a figure of a group and all below it."""
 
 
 def _file_bytes(group: ControlGroup) -> int:
     """Caches of files, which a group at its limit gives back."""
-    figures = dict(line.split(" ", 1) for line in group.text("memory.stat").splitlines())
-    prefix = _PREFIX[group.version]
-    return sum(int(figures.get(f"{prefix}{name}", 0)) for name in ("active_file", "inactive_file"))
+    figures, prefix = group.figures("memory.stat"), _PREFIX[group.version]
+    return sum(figures.get(f"{prefix}{name}", 0) for name in ("active_file", "inactive_file"))

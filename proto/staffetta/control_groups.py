@@ -1,7 +1,7 @@
 """The control groups that this process is in, and the processor time that they leave it; versions 1 and 2.
 
 A container's limits are here and nowhere else: it sees all of the machine's CPUs and memory. Only reads what the kernel
-says. Files that are missing, or say nothing, bound nothing.
+says. Files that are missing, or say nothing, bound nothing; nor does a line that is not as the kernel writes them.
 """
 
 import re
@@ -25,15 +25,16 @@ class ControlGroup:
 
     def text(self, name: str) -> str:
         """What a control file says, without the line's end; empty when it cannot be read."""
-        try:
-            return (self.directory / name).read_text().strip()
-        except OSError:
-            return ""
+        return kernel_text(self.directory / name).strip()
 
     def number(self, name: str) -> int | None:
         """The whole number that a control file holds; None for `max`, or when it holds none."""
-        text = self.text(name)
-        return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None
+        return _number(self.text(name))
+
+    def figures(self, name: str) -> dict[str, int]:
+        """What a control file of lines `NAME NUMBER` says; other lines are left out."""
+        lines = (line.partition(" ") for line in self.text(name).splitlines())
+        return {key: number for key, _, text in lines if (number := _number(text)) is not None}
 
 
 def control_groups(controller: Controller, root: Path = ROOT) -> Iterator[ControlGroup]:
@@ -45,12 +46,20 @@ def control_groups(controller: Controller, root: Path = ROOT) -> Iterator[Contro
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         version: Literal[1, 2] = 2 if number == "0" else 1
-        if version == 1 and controller not in names.split(","):
+        if not path.startswith("/") or (version == 1 and controller not in names.split(",")):
             continue
         for mount in _mounts(root, version, controller):
             own = mount.place_of(PurePosixPath(path))
             for place in (own, *own.parents):
                 yield ControlGroup(root / mount.point.relative_to("/") / place, version)
+
+
+def kernel_text(file: Path) -> str:
+    """What a file of the kernel's says, empty when it cannot be read. Bytes that are no UTF-8 become surrogates."""
+    try:
+        return file.read_text(errors="surrogateescape")
+    except (OSError, ValueError):  # ValueError: no file can have such a name
+        return ""
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
@@ -61,11 +70,13 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 def _quota(group: ControlGroup) -> float | None:
     if group.version == 2:
-        quota, _, period = group.text("cpu.max").partition(" ")
+        of_group, _, of_time = group.text("cpu.max").partition(" ")
+        quota, period = _number(of_group), _number(of_time)
     else:
-        quota, period = group.text("cpu.cfs_quota_us"), group.text("cpu.cfs_period_us")
-    is_bound = quota.isdecimal() and period.isdecimal() and int(period) > 0  # it is `max`, -1 or missing otherwise
-    return int(quota) / int(period) if is_bound else None
+        quota, period = group.number("cpu.cfs_quota_us"), group.number("cpu.cfs_period_us")
+    if quota is None or quota < 0 or period is None or period <= 0:
+        return None  # it is `max`, -1 or missing
+    return quota / period
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,10 @@ def _mounts(root: Path, version: Literal[1, 2], controller: Controller) -> Itera
     """Reads mountinfo: `ID PARENT DEVICE TOP POINT OPTIONS [TAG…] - TYPE SOURCE OPTIONS`, blanks as octal numbers."""
     for line in _lines(root / "proc/self/mountinfo"):
         place, _, kind = line.partition(" - ")
-        top, point = (PurePosixPath(_OCTAL.sub(_octal, part)) for part in place.split(" ")[3:5])
+        parts = place.split(" ")
+        if len(parts) < 5 or not parts[4].startswith("/"):
+            continue
+        top, point = (PurePosixPath(_OCTAL.sub(_octal, part)) for part in parts[3:5])
         file_system, _, options = kind.partition(" ")
         is_unified = version == 2 and file_system == "cgroup2"
         if is_unified or (version == 1 and file_system == "cgroup" and controller in re.split("[ ,]", options)):
@@ -96,4 +110,8 @@ def _octal(match: re.Match[str]) -> str:
 
 
 def _lines(file: Path) -> list[str]:
-    return file.read_text(errors="surrogateescape").splitlines() if file.exists() else []
+    return kernel_text(file).splitlines()
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None

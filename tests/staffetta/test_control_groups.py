@@ -34,7 +34,7 @@ def test_the_tightest_group_on_the_way_up_counts(tmp_path: Path) -> None:
     assert cpu_quota(make_root(tmp_path, membership="0::/a/b/c", mounts=UNIFIED, files=files)) == 2.0
 
 
-@pytest.mark.parametrize("text", ["max 100000", "", "100000", "5 0", "-1 100000", "x y"])
+@pytest.mark.parametrize("text", ["max 100000", "", "100000", "5 0", "-1 100000", "x y", "1 2 3", "9" * 5000 + " 1"])
 def test_a_file_that_names_no_quota_bounds_nothing(text: str, tmp_path: Path) -> None:
     root = make_root(tmp_path, membership="0::/a", mounts=UNIFIED, files={"a/cpu.max": text})
     assert cpu_quota(root) is None
@@ -86,6 +86,36 @@ def test_blanks_in_a_mount_point_are_octal_numbers(tmp_path: Path) -> None:
     mounts = UNIFIED.replace("/sys/fs/cgroup", r"/sys/fs/cgroup/our\040own")
     files = {"our own/cpu.max": "70000 100000"}
     assert cpu_quota(make_root(tmp_path, membership="0::/", mounts=mounts, files=files)) == 0.7
+
+
+ODD_MOUNTS = ["garbage", "", "31 23 0:28 /", "31 23 0:28 / - cgroup2 cgroup2 rw", "a b c / here - cgroup2 c rw", " - "]
+
+
+@pytest.mark.parametrize("odd", [*ODD_MOUNTS, UNIFIED.replace("/sys", r"/\000sys")])
+def test_odd_mounts_are_passed_over(odd: str, tmp_path: Path) -> None:
+    files = {"a/cpu.max": "150000 100000"}
+    root = make_root(tmp_path, membership="0::/a", mounts=f"{odd}\n{UNIFIED}", files=files)
+    assert cpu_quota(root) == 1.5
+
+
+@pytest.mark.parametrize("odd", ["garbage", "", "0", "0:", "0::", "4:cpu", ":::"])
+def test_odd_memberships_bound_nothing(odd: str, tmp_path: Path) -> None:
+    root = make_root(tmp_path, membership=odd, mounts=f"{UNIFIED}\n{OF_CPU}", files={"cpu.max": "1 2"})
+    assert list(control_groups("cpu", root)) == []
+
+
+@pytest.mark.parametrize("place", ["proc/self/cgroup", "proc/self/mountinfo", "sys/fs/cgroup/cpu.max"])
+def test_bytes_that_are_no_text_bound_nothing(place: str, tmp_path: Path) -> None:
+    root = make_root(tmp_path, membership="0::/", mounts=UNIFIED, files={"cpu.max": "1 2"})
+    (root / place).write_bytes(b"\xff\xfe 1")
+    assert cpu_quota(root) is None
+
+
+def test_a_file_that_may_not_be_read_bounds_nothing(tmp_path: Path) -> None:
+    root = make_root(tmp_path, membership="0::/", mounts=UNIFIED, files={"cpu.max": "1 2"})
+    (root / "proc/self/mountinfo").unlink()
+    (root / "proc/self/mountinfo").mkdir()
+    assert cpu_quota(root) is None
 
 
 def test_without_control_groups_nothing_is_bounded(tmp_path: Path) -> None:

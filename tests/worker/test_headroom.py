@@ -76,6 +76,39 @@ def test_groups_of_version_1_are_read_under_their_names(tmp_path: Path) -> None:
     assert headroom_bytes(root) == 4 * MIB
 
 
+@pytest.mark.parametrize(("most", "high", "left"), [("max", 10, 3), (9, "max", 2), (9, 8, 1), (8, 10, 1)])
+def test_a_group_that_is_slowed_down_before_its_limit_has_no_more_to_take_than_that(
+    most: int | str, high: int | str, left: int, tmp_path: Path
+) -> None:
+    files = {
+        "memory.max": most * MIB if isinstance(most, int) else most,
+        "memory.high": high * MIB if isinstance(high, int) else high,
+        "memory.current": 7 * MIB,
+    }
+    assert headroom_bytes(make_root(tmp_path, files, membership="0::/")) == left * MIB
+
+
+@pytest.mark.parametrize("odd", ["active_file", "", "active_file x", " 7", "active_file 1 2", "active_file  7", "½ ½"])
+def test_an_odd_line_of_what_a_group_uses_counts_for_nothing(odd: str, tmp_path: Path) -> None:
+    files = {"memory.max": 9 * MIB, "memory.current": 8 * MIB, "memory.stat": f"{odd}\ninactive_file {MIB}"}
+    assert headroom_bytes(make_root(tmp_path, files, membership="0::/")) == 2 * MIB
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory.current", "memory.stat"])
+def test_bytes_that_are_no_text_bound_nothing(name: str, tmp_path: Path) -> None:
+    root = make_root(tmp_path, {"memory.max": 9 * MIB, "memory.current": 8 * MIB}, membership="0::/")
+    (root / "sys/fs/cgroup" / name).write_bytes(b"\xff\xfe")
+    assert headroom_bytes(root) == (MIB if name == "memory.stat" else 100 * MIB)
+
+
+@pytest.mark.parametrize("line", [b"MemAvailable:", b"MemAvailable: x kB", b"MemAvailable", b"", b"\xff\xfe"])
+def test_where_meminfo_does_not_say_what_is_available_free_pages_are(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_bytes(line)
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert available_bytes(tmp_path) == pytest.approx(pages, rel=0.2)
+
+
 def test_a_group_beyond_its_limit_leaves_nothing(tmp_path: Path) -> None:
     files = {"memory.max": 9 * MIB, "memory.current": 10 * MIB}
     assert headroom_bytes(make_root(tmp_path, files, membership="0::/")) == 0
