@@ -12,15 +12,19 @@ from contextlib import ExitStack, contextmanager
 
 @contextmanager
 def claim_cpus(cpus: Iterable[int]) -> Iterator[frozenset[int]]:
-    """Claims CPUs for as long as the block runs; gives those of them that another process has claimed before."""
+    """Claims CPUs for as long as the block runs; gives those of them that another process has claimed before.
+
+    Where the system refuses one, none stays claimed: for want of such names, or of descriptors, which others need more.
+    """
     taken: set[int] = set()
     with ExitStack() as stack:
         for cpu in cpus:
-            claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             try:
+                claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
                 claim.bind(f"\0staffetta-cpu-{cpu}")
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
-                    break  # a system without such names: nobody has claimed anything
+                    stack.close()
+                    break
                 taken.add(cpu)
         yield frozenset(taken)

@@ -70,7 +70,7 @@ def run_serve(flags: argparse.Namespace, *, output: Output, entries: Entries | N
         )
         plan = make_plan(loaded, flags.config, surroundings)
         session = _Serve(config, plan, output=output, started=started)
-        with claim_cpus(sorted(plan.pinned_cpus)) as shared:
+        with claim_cpus(sorted(plan.pinned_cpus.intersection(surroundings.cpus))) as shared:
             if shared:
                 say(shared_cpus(shared, others=frozenset(surroundings.cpus) - plan.pinned_cpus))
             return asyncio.run(session.run(entries or Entries()))

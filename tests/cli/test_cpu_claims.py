@@ -1,15 +1,22 @@
 """Two that pin workers to the same CPUs are told so, for as long as both run."""
 
+import errno
+import os
+import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from cli.cpu_claims import claim_cpus
 from cli.serve import shared_cpus
+from tests.cli.running_serve import running_serve
 
-NUMBERS = range(90_000, 90_004)
-"""Of CPUs that no machine has, so that nobody else claims them meanwhile."""
+_FIRST = 100_000 + 4 * os.getpid()
+NUMBERS = range(_FIRST, _FIRST + 4)
+"""Of CPUs that no machine has, and that no other process that runs these tests claims meanwhile."""
 
 
 def test_who_comes_second_learns_which_cpus_are_taken() -> None:
@@ -58,6 +65,38 @@ def test_a_system_without_such_names_claims_nothing(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("socket.socket", lambda *_: Socket())
     with claim_cpus(NUMBERS) as taken:
         assert taken == frozenset()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAFNOSUPPORT])
+def test_where_the_system_refuses_a_claim_none_is_kept(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_socket, claims = socket.socket, list[socket.socket]()
+
+    def limited(*arguments: int) -> socket.socket:
+        if len(claims) == 2:
+            raise OSError(number, os.strerror(number))
+        claims.append(make_socket(*arguments))
+        return claims[-1]
+
+    with claim_cpus(NUMBERS[:1]), monkeypatch.context() as patch:
+        patch.setattr("socket.socket", limited)
+        with claim_cpus(NUMBERS) as taken:
+            assert taken == {NUMBERS[0]}
+            assert [claim.fileno() for claim in claims] == [-1, -1], "others need the descriptors more"
+
+
+def test_serve_claims_only_cpus_that_it_may_use(tmp_path: Path) -> None:
+    usable, missing = min(os.sched_getaffinity(0)), 10_000 + os.getpid() % 80_000  # a setting has five digits
+    config = tmp_path / "staffetta.yaml"
+    config.write_text(f"prefill:\n  cpus: ['{usable}', '{missing}']\n")
+    with (
+        claim_cpus([usable, missing]),
+        tempfile.TemporaryDirectory(prefix="st") as short,  # as Unix sockets need it
+        running_serve("--json", "--config", str(config), temporary=Path(short)) as serve,
+    ):
+        assert f"CPU {usable}: workers of another serve" in serve.wait_for_line("workers of another serve")
+        serve.wait_until_ready()
+        serve.process.terminate()
+        assert serve.wait_for_end() == 0
 
 
 def test_the_warning_names_the_cpus_and_others_to_use_instead() -> None:
