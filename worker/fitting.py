@@ -17,7 +17,10 @@ _QUANTIZED_BITS = {"int8": 8, "int8-weight": 8, "int4": 4}
 
 
 def weight_bytes(model: ModelConfig, *, dtype: KVDtype, quantization: str) -> int:
-    """What a model's weights take when they are ready, in memory or mapped: no less, since packing rounds sizes up."""
+    """What a model's weights take when they are ready, in memory or mapped: no less, since packing rounds sizes up.
+
+    Those of a checkpoint that is quantized already take what they take, whatever `quantization` is.
+    """
     bits = 8 * TORCH_DTYPES[dtype].itemsize
     is_stored_as_int8 = model.compression is Compression.W8A8
     linear_bits = 8 if is_stored_as_int8 else _QUANTIZED_BITS.get(quantization, bits)
@@ -29,9 +32,18 @@ def weight_bytes(model: ModelConfig, *, dtype: KVDtype, quantization: str) -> in
 
 
 def check_memory(
-    config: WorkerConfig, *, num_blocks: int, page_bytes: int, num_weight_bytes: int, left: Headroom
+    config: WorkerConfig,
+    *,
+    num_blocks: int,
+    page_bytes: int,
+    num_weight_bytes: int,
+    num_int4_bytes: int,
+    left: Headroom,
 ) -> None:
-    """Raises DoesNotFitError, with the fix, for a pool of no block, and where weights and pool exceed what is left."""
+    """Raises DoesNotFitError, with the fix, for a pool of no block, and where weights and pool exceed what is left.
+
+    `num_int4_bytes` is what the weights would take with `--quantization int4`, or take already.
+    """
     if num_blocks < 1:
         raise DoesNotFitError(
             "KV_POOL_TOO_SMALL",
@@ -42,11 +54,12 @@ def check_memory(
     why = f"{left.num_bytes} {left.why}"
     for_pool = left.num_bytes - num_weight_bytes
     if for_pool < page_bytes:
+        quantize = "--quantization int4, " if num_int4_bytes + page_bytes <= left.num_bytes else ""
         raise DoesNotFitError(
             "MODEL_TOO_LARGE",
             f"the weights have {num_weight_bytes} bytes, one KV block {page_bytes}",
             why=why,
-            fix="--quantization int4, a smaller model, or more memory",
+            fix=f"{quantize}a smaller model, or more memory",
         )
     if num_blocks * page_bytes > for_pool:
         raise DoesNotFitError(

@@ -137,6 +137,7 @@ def load_rank(config: WorkerConfig, role: common_pb2.WorkerRole.ValueType) -> Ra
         num_blocks=num_blocks,
         page_bytes=layout.page_bytes,
         num_weight_bytes=weight_bytes(model_config, dtype=dtype, quantization=config.quantization),
+        num_int4_bytes=weight_bytes(model_config, dtype=dtype, quantization="int4"),
         left=headroom(),
     )
     memory = PoolMemory(num_blocks, layout.page_bytes)

@@ -1,8 +1,12 @@
 """A worker's weights and pool are held against memory: what does not fit is told with value, limit and fix."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 
 from demo import MODEL_DIR
+from engine.compressed_tensors import Compression
 from engine.model_config import ModelConfig
 from kvtransfer.layout import KVDtype
 from staffetta.config.schema import PrefillConfig
@@ -14,9 +18,15 @@ MODEL = ModelConfig.from_directory(MODEL_DIR)
 LEFT = Headroom(1000, "bytes are left of the 5000 that control group /g may take")
 
 
-def check(num_blocks: int, *, num_weight_bytes: int = 400, left: Headroom = LEFT) -> None:
-    config = PrefillConfig(kv_memory=99)
-    check_memory(config, num_blocks=num_blocks, page_bytes=100, num_weight_bytes=num_weight_bytes, left=left)
+def check(num_blocks: int, *, num_weight_bytes: int = 400, num_int4_bytes: int = 400) -> None:
+    check_memory(
+        PrefillConfig(kv_memory=99),
+        num_blocks=num_blocks,
+        page_bytes=100,
+        num_weight_bytes=num_weight_bytes,
+        num_int4_bytes=num_int4_bytes,
+        left=LEFT,
+    )
 
 
 def test_what_fits_to_the_last_byte_is_taken() -> None:
@@ -37,12 +47,48 @@ def test_weights_and_pool_must_fit_together() -> None:
 
 def test_weights_beyond_what_is_left_are_named_rather_than_the_pool() -> None:
     with pytest.raises(DoesNotFitError) as refused:
-        check(1, num_weight_bytes=901)
+        check(1, num_weight_bytes=901, num_int4_bytes=900)
     assert str(refused.value) == (
         "error[MODEL_TOO_LARGE]: the weights have 901 bytes, one KV block 100\n"
         "  1000 bytes are left of the 5000 that control group /g may take\n"
         "  fix: --quantization int4, a smaller model, or more memory"
     )
+
+
+def test_int4_is_offered_only_where_it_would_fit() -> None:
+    with pytest.raises(DoesNotFitError) as refused:
+        check(1, num_weight_bytes=2000, num_int4_bytes=901)
+    assert refused.value.fix == "a smaller model, or more memory"
+
+
+def fix_for(model: ModelConfig, quantization: str) -> str:
+    """What is told of weights that have one byte too many."""
+    count = partial(weight_bytes, model, dtype="bfloat16")
+    num_weight_bytes = count(quantization=quantization)
+    with pytest.raises(DoesNotFitError) as refused:
+        check_memory(
+            PrefillConfig(),
+            num_blocks=1,
+            page_bytes=100,
+            num_weight_bytes=num_weight_bytes,
+            num_int4_bytes=count(quantization="int4"),
+            left=Headroom(num_weight_bytes + 99, "bytes of memory are available"),
+        )
+    return refused.value.fix
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int8-weight"])
+def test_int4_is_offered_for_weights_that_it_makes_smaller(quantization: str) -> None:
+    assert fix_for(MODEL, quantization) == "--quantization int4, a smaller model, or more memory"
+
+
+def test_int4_is_not_offered_where_it_is_given() -> None:
+    assert fix_for(MODEL, "int4") == "a smaller model, or more memory"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_int4_is_not_offered_for_a_checkpoint_that_is_quantized_already(quantization: str) -> None:
+    assert fix_for(replace(MODEL, compression=Compression.W8A8), quantization) == "a smaller model, or more memory"
 
 
 def test_a_pool_of_no_block_is_refused_whatever_is_left() -> None:
