@@ -19,7 +19,7 @@ from staffetta.config.load import load_role
 from staffetta.config.schema import GatewayConfig
 from staffetta.exits import ExitCode, PortError, UsageError
 from staffetta.rpc.channel import open_channel
-from staffetta.v1 import common_pb2, registry_pb2, registry_pb2_grpc
+from staffetta.v1 import common_pb2, registry_pb2_grpc
 from tests.gateway.fakes import CLUSTER_KEY
 from tests.gateway.processes import (
     NUM_CHILDREN,
@@ -102,11 +102,9 @@ async def test_both_doors_of_every_process_answer(it: Processes) -> None:
 async def test_a_registration_at_the_doors_of_the_clients_is_refused_and_told_the_way(it: Processes) -> None:
     async with open_channel(it.grpc) as channel:
         call = registry_pb2_grpc.RegistryServiceStub(channel).Register()
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
-            await call.write(registry_pb2.RegisterRequest())
-            await call.read()
-    assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert "--registry" in (refusal.value.details() or "")
+        # Nothing is written: a write that meets the refusal would take the place of its status.
+        assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "--registry" in (await call.details() or "")
 
 
 @asynchronous
