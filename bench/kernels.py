@@ -2,29 +2,38 @@
 
 Linear layers at one row and a few: bytes of weights read per second beside the read bandwidth. At many rows: operations
 per second beside the GEMM rate of the same type. Attention over the paged pool: decode beside the bandwidth, prefill
-beside the GEMM rate. Both sides are the best of many calls, in one run, the limits again after each model's. Weights
-and KV are taken from several copies in turn, so that no cache holds them.
+beside the GEMM rate. A kernel is called as a model's step calls it, see `bench.kernel_steps`. Before and after every
+turn at a cell its limit is measured again, because on a shared host it moves by half within seconds.
 """
 
 import argparse
 import dataclasses
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from bench.limits import Limits, best_limits, best_s, limits_table, measure_limits
+from bench.kernel_steps import KernelStep, attention_step, linear_steps
+from bench.limits import (
+    READ_BYTES,
+    best_s,
+    gemm_rate,
+    huge_pages,
+    int8_rate,
+    limits_table,
+    measure_limits,
+    read_rate,
+)
 from bench.machine import describe_machine
 from bench.result import write_result
-from bench.shapes import SHAPES, ModelShape
+from bench.shapes import SHAPES
 from bench.table import format_table
-from kernels.backend import Backend, Spans, WeightFormat, select
+from kernels.backend import Backend, WeightFormat, select
 from kernels.reference import GROUP_INPUTS
 
 MEASURED_SHAPES: Final = ("0.5b", "llama-8b-layer")
@@ -32,14 +41,16 @@ FEW_ROWS: Final = (1, 4, 16)
 MANY_ROWS: Final = (256, 512, 2048)
 CONTEXTS: Final = (256, 512, 2048, 4096)
 BATCHES: Final = (1, 16)
-_COLD_BYTES: Final = 2**28
-"""What all copies together have at least: several times the largest cache."""
-_BLOCK_SIZE: Final = 16
+_TURNS: Final = 3
+_PROBE_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class KernelResult:
-    """One kernel at one shape. `rate` is in 10⁹ bytes or operations per second, `limit` likewise; `share` is theirs."""
+    """One kernel at one shape. `rate` is in 10⁹ bytes or operations per second, `limit` likewise; `share` is theirs.
+
+    They are of the turn whose share is the median.
+    """
 
     shape: str
     kernel: str
@@ -58,120 +69,98 @@ class KernelResult:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One way of storing weights: what is packed, bytes of one weight, and which GEMM rate is the limit."""
+    """One way of storing weights: what is packed, bytes of one weight, and what measures the GEMM rate that is the
+    limit, given seconds."""
 
     name: str
     dtype: torch.dtype
     form: WeightFormat
     weight_bytes: float
-    gemm: Callable[[Limits], float]
+    gemm_rate: Callable[[float], float]
 
 
+_BF16_RATE: Final = partial(gemm_rate, torch.bfloat16)
 STORED: Final = (
-    Stored("bf16", torch.bfloat16, WeightFormat.AS_GIVEN, 2, lambda limits: limits.gemm_bfloat16),
-    Stored("fp32", torch.float32, WeightFormat.AS_GIVEN, 4, lambda limits: limits.gemm_float32),
-    Stored("int8", torch.bfloat16, WeightFormat.INT8, 1, lambda limits: limits.gemm_int8),
-    Stored("int8-weight", torch.bfloat16, WeightFormat.INT8_WEIGHT, 1, lambda limits: limits.gemm_bfloat16),
-    Stored("int4", torch.bfloat16, WeightFormat.INT4, 0.5 + 4 / GROUP_INPUTS, lambda limits: limits.gemm_bfloat16),
+    Stored("bf16", torch.bfloat16, WeightFormat.AS_GIVEN, 2, _BF16_RATE),
+    Stored("fp32", torch.float32, WeightFormat.AS_GIVEN, 4, partial(gemm_rate, torch.float32)),
+    Stored("int8", torch.bfloat16, WeightFormat.INT8, 1, int8_rate),
+    Stored("int8-weight", torch.bfloat16, WeightFormat.INT8_WEIGHT, 1, _BF16_RATE),
+    Stored("int4", torch.bfloat16, WeightFormat.INT4, 0.5 + 4 / GROUP_INPUTS, _BF16_RATE),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class _Timing:
-    """A measured call before it is set beside the limits."""
+class _Cell:
+    """What is measured: `amount` is what one call of the step reads or computes."""
 
     shape: str
     kernel: str
     stored: Stored
     size: str
-    seconds: float
+    step: KernelStep
     amount: float
     is_bound_by_memory: bool
 
-    def beside(self, limits: Limits) -> KernelResult:
-        limit = limits.read if self.is_bound_by_memory else self.stored.gemm(limits)
+    def measure(self, read: Callable[[float], float], seconds: float) -> KernelResult:
+        """In turns with its limit. `read` measures the read bandwidth."""
+        measure_limit = read if self.is_bound_by_memory else self.stored.gemm_rate
+        limits, durations = [measure_limit(_PROBE_S)], []
+        for _ in range(_TURNS):
+            durations.append(best_s(self.step.run, seconds / _TURNS) / self.step.num_calls)
+            limits.append(measure_limit(_PROBE_S))
         unit = "GB/s" if self.is_bound_by_memory else "GOP/s"
-        rate = self.amount / self.seconds / 1e9
-        return KernelResult(self.shape, self.kernel, self.stored.name, self.size, self.seconds * 1e6, rate, unit, limit)
+        turns = [
+            KernelResult(
+                self.shape,
+                self.kernel,
+                self.stored.name,
+                self.size,
+                microseconds=duration * 1e6,
+                rate=self.amount / duration / 1e9,
+                unit=unit,
+                limit=max(around),
+            )
+            for duration, around in zip(durations, pairwise(limits), strict=True)
+        ]
+        return sorted(turns, key=lambda turn: turn.share)[_TURNS // 2]
 
 
 def measure_kernels(
-    backend: Backend, *, names: Sequence[str], stored: Sequence[Stored], seconds: float, limits: Limits
-) -> tuple[list[KernelResult], Limits]:
-    """Measures every cell for about `seconds`; returns them beside the best limits of before, between and after."""
-    timings: list[_Timing] = []
+    backend: Backend, *, names: Sequence[str], stored: Sequence[Stored], seconds: float
+) -> list[KernelResult]:
+    """Measures every cell for about `seconds`, and as long again its limit, with as many threads as torch has."""
+    read = partial(read_rate, huge_pages(READ_BYTES))
+    results: list[KernelResult] = []
     for name in names:
-        shape = SHAPES[name]
         for each in stored:
-            for layer, (inputs, outputs) in shape.linears.items():
-                timings += _linear(backend, name, layer, (inputs, outputs), each, seconds)
+            results += [cell.measure(read, seconds) for cell in _linear_cells(backend, name, each)]
             if each.form is WeightFormat.AS_GIVEN:
-                timings += _attention(backend, name, shape, each, seconds)
-            limits = best_limits(limits, measure_limits(threads=limits.threads, seconds=seconds))
-    return [timing.beside(limits) for timing in timings], limits
+                results += [cell.measure(read, seconds) for cell in _attention_cells(backend, name, each)]
+    return results
 
 
-def _linear(
-    backend: Backend, shape: str, layer: str, size: tuple[int, int], stored: Stored, seconds: float
-) -> list[_Timing]:
-    inputs, outputs = size
-    weight_bytes = inputs * outputs * stored.weight_bytes
-    copies = math.ceil(_COLD_BYTES / weight_bytes)
-    weight = torch.randn(outputs, inputs).to(stored.dtype)
-    layers = [backend.prepare_linear(weight, stored=stored.form) for _ in range(copies)]
-    timings = []
-    for rows in (*FEW_ROWS, *MANY_ROWS):
-        x = torch.randn(rows, inputs).to(stored.dtype)
-        took = best_s(_in_turn([partial(layer, x) for layer in layers]), seconds)
-        is_few = rows in FEW_ROWS
-        amount = weight_bytes if is_few else 2 * rows * inputs * outputs
-        timings.append(_Timing(shape, layer, stored, f"M = {rows}", took, amount, is_few))
-    return timings
+def _linear_cells(backend: Backend, name: str, stored: Stored) -> Iterator[_Cell]:
+    for layer, (inputs, outputs) in SHAPES[name].linears.items():
+        weight, weight_bytes = torch.randn(outputs, inputs).to(stored.dtype), inputs * outputs * stored.weight_bytes
+        rows = (*FEW_ROWS, *MANY_ROWS)
+        steps = linear_steps(backend, weight, stored.form, weight_bytes=weight_bytes, rows=rows)
+        for num_rows in rows:
+            is_few = num_rows in FEW_ROWS
+            amount = weight_bytes if is_few else 2 * num_rows * inputs * outputs
+            yield _Cell(name, layer, stored, f"M = {num_rows}", steps[num_rows], amount, is_few)
 
 
-def _attention(backend: Backend, name: str, shape: ModelShape, stored: Stored, seconds: float) -> list[_Timing]:
-    timings = []
-    heads, dim = shape.num_heads, shape.head_dim
+def _attention_cells(backend: Backend, name: str, stored: Stored) -> Iterator[_Cell]:
+    shape = SHAPES[name]
+    cell = partial(_Cell, name, "attention", stored)
     for context in CONTEXTS:
         for batch in BATCHES:
-            kv_bytes = batch * context * 2 * shape.num_kv_heads * dim * stored.dtype.itemsize
-            call = _attention_call(backend, shape, stored, batch=batch, queries=1, context=context)
-            took = best_s(call, seconds)
-            size = f"{batch} × 1 at {context}"
-            timings.append(_Timing(name, "attention", stored, size, took, kv_bytes, True))
-        call = _attention_call(backend, shape, stored, batch=1, queries=context, context=context)
-        flops = 4 * heads * dim * (context * (context + 1) // 2)
-        timings.append(_Timing(name, "attention", stored, f"prefill {context}", best_s(call, seconds), flops, False))
-    return timings
-
-
-def _attention_call(
-    backend: Backend, shape: ModelShape, stored: Stored, *, batch: int, queries: int, context: int
-) -> Callable[[], object]:
-    """Attention of `batch` sequences of `context` tokens, their last `queries` asking, over as many layers of a pool as
-    no cache holds."""
-    blocks = context // _BLOCK_SIZE
-    layer_bytes = batch * context * 2 * shape.num_kv_heads * shape.head_dim * stored.dtype.itemsize
-    layers = -(-_COLD_BYTES // layer_bytes)
-    # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]
-    pages = torch.randn(batch * blocks, shape.num_kv_heads, 1, 2, _BLOCK_SIZE, shape.head_dim).to(stored.dtype)
-    pages = pages.repeat(1, 1, layers, 1, 1, 1)
-    spans = Spans(
-        query_starts=torch.arange(batch + 1) * queries,
-        context_lens=torch.full((batch,), context),
-        block_tables=torch.randperm(batch * blocks).view(batch, blocks),
-    )
-    query = torch.randn(batch * queries, shape.num_heads, shape.head_dim).to(stored.dtype)
-    scale = shape.head_dim**-0.5
-    return _in_turn(
-        [partial(backend.paged_attention, query, pages, spans, layer=layer, scale=scale) for layer in range(layers)]
-    )
-
-
-def _in_turn(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Calls the next function at every call."""
-    order = cycle(functions)
-    return lambda: next(order)()
+            step = attention_step(backend, shape, stored.dtype, batch=batch, queries=1, context=context)
+            kv_bytes = batch * context * 2 * shape.num_kv_heads * shape.head_dim * stored.dtype.itemsize
+            yield cell(f"{batch} × 1 at {context}", step, kv_bytes, is_bound_by_memory=True)
+        step = attention_step(backend, shape, stored.dtype, batch=1, queries=context, context=context)
+        flops = 4 * shape.num_heads * shape.head_dim * (context * (context + 1) // 2)
+        yield cell(f"prefill {context}", step, flops, is_bound_by_memory=False)
 
 
 def kernels_table(results: Sequence[KernelResult]) -> str:
@@ -205,13 +194,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     backend = select("cpu", threads=options.threads)
     stored = [each for each in STORED if each.name in options.stored]
-    results, limits = measure_kernels(
-        backend,
-        names=options.shapes,
-        stored=stored,
-        seconds=options.seconds,
-        limits=measure_limits(threads=options.threads),
-    )
+    limits = measure_limits(threads=options.threads)
+    results = measure_kernels(backend, names=options.shapes, stored=stored, seconds=options.seconds)
     print(f"{backend.name}\n\n{limits_table([limits])}\n\n{kernels_table(results)}")
     if options.output:
         content = {"limits": dataclasses.asdict(limits), "kernels": [result_fields(result) for result in results]}

@@ -26,7 +26,7 @@ from bench.machine import describe_machine
 from bench.table import format_table
 from bench.workload import W1
 
-_READ_BYTES: Final = 2**30
+READ_BYTES: Final = 2**30
 """Far more than any cache holds."""
 _HUGE_PAGE: Final = 2**21
 _GEMM_SIZE: Final = 2048
@@ -56,21 +56,21 @@ def measure_limits(*, threads: int, seconds: float = 0.5, memory: torch.Tensor |
 
     `memory` is what `huge_pages` gave, for whoever measures again and again: to get it takes longer than to read it.
     """
-    words = huge_pages() if memory is None else memory
+    words = huge_pages(READ_BYTES) if memory is None else memory
     source, destination = words.chunk(2)
     torch.set_num_threads(1)
-    read_one_thread = _read_rate(words, seconds)
+    read_one_thread = read_rate(words, seconds)
     torch.set_num_threads(threads)
-    read = _read_rate(words, seconds)
+    read = read_rate(words, seconds)
     copy = source.nbytes / best_s(partial(destination.copy_, source), seconds) / 1e9
     return Limits(
         threads=threads,
         read_one_thread=read_one_thread,
         read=max(read, read_one_thread),
         copy=copy,
-        gemm_float32=_gemm_rate(torch.float32, seconds),
-        gemm_bfloat16=_gemm_rate(torch.bfloat16, seconds),
-        gemm_int8=_int8_rate(seconds),
+        gemm_float32=gemm_rate(torch.float32, seconds),
+        gemm_bfloat16=gemm_rate(torch.bfloat16, seconds),
+        gemm_int8=int8_rate(seconds),
     )
 
 
@@ -82,7 +82,7 @@ class LimitProbe:
     def __init__(self, *, threads: int) -> None:
         self.samples: dict[str, list[Limits]] = {}
         self._threads = threads
-        self._memory = huge_pages()
+        self._memory = huge_pages(READ_BYTES)
 
     def again(self, workload: str) -> None:
         """Before or after a round of `workload`; takes about two seconds, in which nothing else may run."""
@@ -95,13 +95,13 @@ class LimitProbe:
         return [best_limits(before, after) for before, after in pairwise(self.samples.get(W1.name, ()))]
 
 
-def huge_pages() -> torch.Tensor:
-    """Memory to read, written once, in huge pages where the system gives them: int64, [READ_BYTES / 8]."""
+def huge_pages(num_bytes: int) -> torch.Tensor:
+    """Memory to read, written once, in huge pages where the system gives them: int64, [num_bytes / 8]."""
     # Private: shared memory, which is mmap's default, has huge pages only where the system allows them for files too.
-    memory = mmap.mmap(-1, _READ_BYTES + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel built without huge pages: slower, not wrong
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int64, count=_READ_BYTES // 8).fill_(1)
+    return torch.frombuffer(memory, dtype=torch.int64, count=num_bytes // 8).fill_(1)
 
 
 def best_limits(first: Limits, second: Limits) -> Limits:
@@ -123,18 +123,19 @@ def best_s(function: Callable[[], object], seconds: float) -> float:
     return shortest
 
 
-def _read_rate(words: torch.Tensor, seconds: float) -> float:
+def read_rate(words: torch.Tensor, seconds: float) -> float:
     """Two sums, of integers and of floats, that do next to nothing with what they read; whichever reads faster."""
     took = min(best_s(part.sum, seconds / 2) for part in (words, words.view(torch.float32)))
     return words.nbytes / took / 1e9
 
 
-def _gemm_rate(dtype: torch.dtype, seconds: float) -> float:
+def gemm_rate(dtype: torch.dtype, seconds: float) -> float:
+    """Of a square product, larger than any cache."""
     a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
     return 2 * _GEMM_SIZE**3 / best_s(lambda: a @ b, seconds) / 1e9
 
 
-def _int8_rate(seconds: float) -> float:
+def int8_rate(seconds: float) -> float:
     """Both layouts of the second factor; torch is fast in one of them, depending on its build."""
     a, b = (torch.randint(-127, 128, (_GEMM_SIZE, _GEMM_SIZE), dtype=torch.int8) for _ in range(2))
     took = min(best_s(partial(torch._int_mm, a, second), seconds / 2) for second in (b, b.T))

@@ -35,7 +35,7 @@ BUILD: Final = Path("build/bench")
 RESULTS: Final = Path("bench/results")
 _SEED: Final = 1
 _QUICK_WORKLOADS: Final = (W1.name, W2.name)
-_PROBE_S: Final = 0.2
+_CELL_S: Final = 0.2
 _REQUESTS: Final = 20
 """W4's in a round: with them everything takes a quarter of an hour."""
 _KERNEL_WEIGHTS: Final = ("bf16", "int8")
@@ -97,11 +97,11 @@ def servers(weights: Weights, model: Path, *, threads: int) -> tuple[LocalServer
     )
 
 
-def run_kernels(limits: Limits) -> tuple[list[KernelResult], Limits]:
-    """Every kernel, and the limits that were seen meanwhile."""
+def run_kernels(threads: int) -> list[KernelResult]:
+    """Every kernel."""
     stored = [each for each in STORED if each.name in _KERNEL_WEIGHTS]
-    backend = select("cpu", threads=limits.threads)
-    return measure_kernels(backend, names=MEASURED_SHAPES, stored=stored, seconds=_PROBE_S, limits=limits)
+    backend = select("cpu", threads=threads)
+    return measure_kernels(backend, names=MEASURED_SHAPES, stored=stored, seconds=_CELL_S)
 
 
 def run_system(weights: Weights, options: argparse.Namespace) -> SystemResult:
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     limits = measure_limits(threads=options.threads)
     kernels: list[KernelResult] = []
     if not options.quick:
-        kernels, limits = run_kernels(limits)
+        kernels = run_kernels(options.threads)
         print(f"kernels\n\n{kernels_table(kernels)}\n", flush=True)
     systems = []
     for name in options.weights:
@@ -173,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"limits of this machine, before the servers and between rounds\n\n{limits_table(samples)}")
     content = {
         "command": ["python", "-m", "bench.run", *argv],
-        "kernel_limits": dataclasses.asdict(limits),
+        "limits": dataclasses.asdict(limits),
         "kernels": [result_fields(kernel) for kernel in kernels],
         "systems": [system_fields(system, SHAPES[options.shape]) for system in systems],
     }

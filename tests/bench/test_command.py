@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, limits, serve
+from bench import kernel_steps, kernels, limits, serve
+from bench.kernel_steps import KernelStep
 from bench.limits import Limits, best_limits, measure_limits
 from bench.local_server import LocalServer, ServerEndedError
 from bench.machine import describe_machine
@@ -76,7 +77,7 @@ def test_a_limit_is_the_best_that_was_seen() -> None:
 def test_limits_are_measured_and_written_with_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(limits, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(limits, "READ_BYTES", 2**16)
     monkeypatch.setattr(limits, "_GEMM_SIZE", 32)
     threads = torch.get_num_threads()
     path = tmp_path / "results" / "limits.json"
@@ -99,7 +100,7 @@ def test_limits_are_sampled_on_either_side_of_each_round_of_one_stream(monkeypat
         asked.append(seconds)
         return dataclasses.replace(LIMITS, threads=threads, read=next(rates), copy=float(len(memory)))
 
-    monkeypatch.setattr(limits, "_READ_BYTES", 2**16)
+    monkeypatch.setattr(limits, "READ_BYTES", 2**16)
     monkeypatch.setattr(limits, "measure_limits", measured)
     probe = limits.LimitProbe(threads=2)
     assert probe.of_rounds() == []
@@ -161,13 +162,12 @@ def test_the_machine_is_described_without_naming_a_host() -> None:
 
 def test_every_kernel_is_set_beside_the_limit_that_bounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "small", SMALL)
-    for name, value in (("_COLD_BYTES", 1), ("FEW_ROWS", (1,)), ("MANY_ROWS", (3,)), ("CONTEXTS", (32,))):
+    for name, value in (("FEW_ROWS", (1,)), ("MANY_ROWS", (3,)), ("CONTEXTS", (32,)), ("READ_BYTES", 2**16)):
         monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(kernels, "measure_limits", lambda **_: LIMITS)
-    results, found = kernels.measure_kernels(
-        select("cpu"), names=["small"], stored=kernels.STORED[:1], seconds=0, limits=LIMITS
-    )
-    assert found == LIMITS
+    monkeypatch.setattr(kernel_steps, "_COLD_BYTES", 1)
+    monkeypatch.setattr(kernels, "read_rate", lambda *_: 20.0)
+    stored = dataclasses.replace(kernels.STORED[0], gemm_rate=lambda _: 400.0)
+    results = kernels.measure_kernels(select("cpu"), names=["small"], stored=[stored], seconds=0)
     cells = [(each.kernel, each.size, each.unit, each.limit) for each in results]
     linears = [
         (layer, *cell)
@@ -184,6 +184,19 @@ def test_every_kernel_is_set_beside_the_limit_that_bounds_it(monkeypatch: pytest
     assert first.rate == pytest.approx(64 * 128 * 2 / first.microseconds / 1e3)
     assert first.share == pytest.approx(first.rate / 20.0)
     assert kernels.kernels_table(results).splitlines()[2].split()[:3] == ["small", "bf16", "qkv"]
+
+
+def test_a_kernel_is_shown_in_its_middle_turn_beside_the_best_limit_around_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Limits before, between and after three turns; seconds of a step of four calls in each.
+    limits_seen, seconds = iter([10.0, 40.0, 20.0, 20.0]), iter([0.4e-6, 0.8e-6, 0.8e-6])
+    monkeypatch.setattr(kernels, "best_s", lambda *_: next(seconds))
+    step = KernelStep(lambda: torch.empty(0), num_calls=4)
+    cell = kernels._Cell("small", "o", kernels.STORED[0], "M = 1", step, amount=2000.0, is_bound_by_memory=True)
+    shown = cell.measure(lambda _: next(limits_seen), seconds=0.3)
+    # 20 of 40, 10 of 40, 10 of 20 GB/s
+    assert (shown.microseconds, shown.rate, shown.limit, shown.share) == pytest.approx((0.1, 20.0, 40.0, 0.5))
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

@@ -23,9 +23,8 @@ def mapping_of(address: int) -> tuple[str, list[str]]:
     raise LookupError(hex(address))
 
 
-def test_memory_to_read_is_private_and_asks_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_READ_BYTES", NUM_BYTES)
-    memory = limits.huge_pages()
+def test_memory_to_read_is_private_and_asks_for_huge_pages() -> None:
+    memory = limits.huge_pages(NUM_BYTES)
     assert memory.shape == (NUM_BYTES // 8,)
     permissions, flags = mapping_of(memory.data_ptr() + NUM_BYTES // 2)
     assert permissions == "rw-p"
@@ -33,6 +32,5 @@ def test_memory_to_read_is_private_and_asks_for_huge_pages(monkeypatch: pytest.M
 
 
 def test_a_system_without_huge_pages_has_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_READ_BYTES", NUM_BYTES)
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345)
-    assert limits.huge_pages().sum() == NUM_BYTES // 8
+    assert limits.huge_pages(NUM_BYTES).sum() == NUM_BYTES // 8
