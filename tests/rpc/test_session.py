@@ -240,6 +240,42 @@ async def test_an_exception_of_the_writer_comes_out_unwrapped() -> None:
 
 
 @in_loop
+async def test_a_read_or_write_of_a_cancelled_call_ends_the_session_and_not_its_owner() -> None:
+    async def is_cancelled(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    reading: Pipe = SessionPipe(is_cancelled, Wire().write, heartbeat_s=5.0)
+    writing: Pipe = SessionPipe(Wire().incoming.get, is_cancelled, heartbeat_s=5.0)
+    writing.send(make_message())
+    for pipe in (reading, writing):
+        with pytest.raises(WorkerLostError, match="call was cancelled"):
+            await pipe.run(receive_all(pipe), make_heartbeat=make_heartbeat)
+
+
+@in_loop
+async def test_why_a_session_ended_is_told_and_not_what_its_end_did_to_a_write() -> None:
+    for _ in range(20):  # both end in one turn of the loop
+        call_ends = asyncio.Event()
+
+        async def consume() -> None:
+            await call_ends.wait()  # noqa: B023 (of this session)
+            raise ProtocolError("refused")
+
+        async def write(_: Message) -> None:
+            await call_ends.wait()  # noqa: B023
+            raise asyncio.CancelledError
+
+        pipe: Pipe = SessionPipe(Wire().incoming.get, write, heartbeat_s=5.0)
+        pipe.send(make_message())
+        async with running(pipe, consume) as task:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            call_ends.set()
+            with pytest.raises(ProtocolError, match="refused"):
+                await task
+
+
+@in_loop
 async def test_an_exception_of_the_heartbeat_comes_out_unwrapped() -> None:
     def make() -> Message:
         raise LookupError("no engine")

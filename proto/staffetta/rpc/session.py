@@ -103,7 +103,10 @@ class SessionPipe(Generic[In, Out]):
         await self._is_drained.wait()
 
     async def run(self, consume: Coroutine[object, object, None], *, make_heartbeat: Callable[[], Out]) -> None:
-        """Runs the session until `consume`, which receives its messages, returns or anything raises."""
+        """Runs the session until `consume`, which receives its messages, returns or anything raises.
+
+        Raises CancelledError only to whoever cancels it.
+        """
         writer = asyncio.create_task(self._run_writer())
         tasks = [
             asyncio.create_task(consume),
@@ -111,8 +114,13 @@ class SessionPipe(Generic[In, Out]):
             asyncio.create_task(self._watch_failure()),
         ]
         try:
-            done, _ = await asyncio.wait([writer, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            done, _ = await asyncio.wait([*tasks, writer], return_when=asyncio.FIRST_COMPLETED)
+            # Why the session ends, before what its end did to a message that was being written.
+            for task in filter(done.__contains__, [*tasks, writer]):
+                if task.cancelled():
+                    # By nobody here: gRPC raises CancelledError from a write under way when its call is cancelled, as
+                    # a read does that has waited for too long. Passed on, it would end our owner, who would serve on.
+                    raise WorkerLostError("the call was cancelled, because its peer was silent for too long")
                 task.result()
         finally:
             for task in tasks:
