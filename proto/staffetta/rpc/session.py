@@ -13,6 +13,7 @@ import grpc.aio
 
 from staffetta.errors import ProtocolError, StaffettaError, WorkerLostError
 from staffetta.rpc.options import MAX_MESSAGE_BYTES
+from staffetta.rpc.patience import Patience
 
 PROTOCOL_VERSION = 1
 SILENT_HEARTBEATS = 3
@@ -60,6 +61,7 @@ class SessionPipe(Generic[In, Out]):
         self._write = write
         self._heartbeat_s = heartbeat_s
         self._peer_heartbeat_s = heartbeat_s
+        self._patience = Patience()
         self._pending: deque[Out] = deque()
         self._has_pending = asyncio.Event()
         self._is_drained = asyncio.Event()
@@ -172,8 +174,7 @@ class SessionPipe(Generic[In, Out]):
         """
         limit_s = self._peer_heartbeat_s * SILENT_HEARTBEATS
         try:
-            async with asyncio.timeout(limit_s):
-                message = await self._read()
+            message = await self._patience.wait(self._read, limit_s=limit_s)
         except TimeoutError:
             raise WorkerLostError(f"the peer was silent for {limit_s:g} s") from None
         if message is grpc.aio.EOF:
