@@ -17,10 +17,10 @@ from typing import Final, TypeVar
 import numpy as np
 
 from bench.table import format_table
-from decode_svc.active import ActiveRequest, GatewaySession
+from decode_svc.active import ActiveRequest, GatewaySession, News
 from decode_svc.handoff import HandoffRecord
 from engine.engine import Engine, EngineLimits
-from engine.request import Request, RequestId, RequestKind, SampledToken, SamplingParams, SequenceOutput, StepOutput
+from engine.request import Request, RequestId, RequestKind, SampledToken, SamplingParams, StepOutput
 from engine.step import SequenceSlice, SliceResult
 from staffetta.hashing import BlockHasher
 from staffetta.v1 import decode_pb2
@@ -87,23 +87,25 @@ class _Encoder:
 
     def __init__(self, batch: int) -> None:
         self._active: dict[RequestId, ActiveRequest] = {}
-        session = GatewaySession("session", "gateway", _NoPipe())  # type: ignore[arg-type]
+        self._session = GatewaySession("session", "gateway", _Encoding())  # type: ignore[arg-type]
         for number in range(batch):
             start = decode_pb2.StartRequest(request_id=_name(number))
-            self._active[_name(number)] = ActiveRequest(session, start, (0,), HandoffRecord(), "decode-0", 0.0)
+            self._active[_name(number)] = ActiveRequest(self._session, start, (0,), HandoffRecord(), "decode-0", 0.0)
 
-    def encode(self, output: StepOutput) -> bytes:
-        events = [self._event(news) for news in output.outputs]
-        step = decode_pb2.StepEvents(events=[event for event in events if event is not None])
-        return decode_pb2.DecodeSessionResponse(step=step).SerializeToString()
+    def encode(self, output: StepOutput) -> None:
+        news = News(self._session)
+        for part in output.outputs:
+            active = self._active[part.request_id]
+            if not active.contradicts(part):
+                active.take(part, news)
+        news.send()
 
-    def _event(self, news: SequenceOutput) -> decode_pb2.SequenceEvent | None:
-        active = self._active[news.request_id]
-        return None if active.contradicts(news) else active.take(news)
 
+class _Encoding:
+    """The pipe of a session: turns messages into bytes, and sends none."""
 
-class _NoPipe:
-    """Takes nothing: events are encoded here."""
+    def send(self, message: decode_pb2.DecodeSessionResponse) -> None:
+        message.SerializeToString()
 
 
 def _make_engine(runner: ReadingRunner, batch: int, *, num_steps: int) -> Engine:

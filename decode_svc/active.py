@@ -14,7 +14,7 @@ from staffetta.rpc.session import SessionPipe
 from staffetta.rpc.status import failure_of
 from staffetta.v1 import common_pb2, decode_pb2
 from worker.admission import PromptParts
-from worker.codec import finish_reason_to_proto, prompt_token_parts, token_to_proto
+from worker.codec import fill_token, finish_reason_to_proto, prompt_token_parts
 
 EVENTS_PER_MESSAGE = 64
 """64 events with 20 alternatives for each token stay below the message bound.
@@ -34,16 +34,40 @@ class GatewaySession:
     pipe: Pipe
     request_ids: set[RequestId] = field(default_factory=set)
 
-    def send(self, events: list[decode_pb2.SequenceEvent]) -> None:
-        """Queues `events` in messages below the bound, in order."""
-        for first in range(0, len(events), EVENTS_PER_MESSAGE):
-            step = decode_pb2.StepEvents(events=events[first : first + EVENTS_PER_MESSAGE])
-            self.pipe.send(decode_pb2.DecodeSessionResponse(step=step))
-
     def send_prompt(self, request_id: RequestId, choice_index: int, tokens: Sequence[PromptToken]) -> None:
         """Queues log-probabilities of a prompt in messages below the bound, in order."""
         for part in prompt_token_parts(tokens):
-            self.send([decode_pb2.SequenceEvent(request_id=request_id, choice_index=choice_index, prompt_tokens=part)])
+            news = News(self)
+            news.add(request_id, choice_index).prompt_tokens.extend(part)
+            news.send()
+
+
+class News:
+    """Events for one gateway, made in the messages that will carry them, below the bound and in order.
+
+    An event that is made elsewhere is copied into a message, and with it all its tokens, which takes longer than the
+    rest of what is done for a step.
+    """
+
+    __slots__ = ("_messages", "_session")
+
+    def __init__(self, session: GatewaySession) -> None:
+        self._session = session
+        self._messages: list[decode_pb2.DecodeSessionResponse] = []
+
+    def add(self, request_id: str, choice_index: int) -> decode_pb2.SequenceEvent:
+        """A further event of a choice, for the caller to fill before the news are sent."""
+        if not self._messages or len(self._messages[-1].step.events) == EVENTS_PER_MESSAGE:
+            self._messages.append(decode_pb2.DecodeSessionResponse())
+        event = self._messages[-1].step.events.add()
+        event.request_id = request_id
+        event.choice_index = choice_index
+        return event
+
+    def send(self) -> None:
+        """Queues the messages, which may be none; once."""
+        for message in self._messages:
+            self._session.pipe.send(message)
 
 
 @dataclass(slots=True, eq=False)
@@ -83,8 +107,13 @@ class ActiveRequest:
 
     @property
     def open_choices(self) -> tuple[int, ...]:
-        """The choices that have not ended; without one the request is over."""
+        """The choices that have not ended."""
         return tuple(self._open)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every choice has ended."""
+        return not self._open
 
     def send_prompt(self, tokens: tuple[PromptToken, ...]) -> None:
         """Sends those of the prompt's tokens that are news: whoever computes the prompt again scores it again."""
@@ -92,15 +121,15 @@ class ActiveRequest:
         self._next_position += len(unsent)
         self.session.send_prompt(RequestId(self.start.request_id), self.open_choices[0], unsent)
 
-    def hand_over(self, tokens: tuple[SampledToken, ...]) -> list[decode_pb2.SequenceEvent]:
-        """The events of first tokens that a hand-off brought, one for each choice."""
-        events: list[decode_pb2.SequenceEvent] = []
+    def hand_over(self, tokens: tuple[SampledToken, ...]) -> None:
+        """Sends first tokens that a hand-off brought, one for each choice."""
+        news = News(self.session)
         for choice_index, token in zip(self.choices, tokens, strict=True):
             choice = self._open.get(choice_index)
             if choice is not None and (unsent := self._unsent(choice, (token,))):
                 choice.handed_over = token
-                events.append(self._event(choice_index, unsent))
-        return events
+                self._add(news, choice_index, unsent)
+        news.send()
 
     def contradicts(self, output: SequenceOutput) -> bool:
         """Whether the engine drew another token where one was sent already: what follows would not fit the client's."""
@@ -108,54 +137,55 @@ class ActiveRequest:
         sent = None if choice is None else choice.handed_over
         return sent is not None and any(t.index == sent.index and t.token_id != sent.token_id for t in output.tokens)
 
-    def take(self, output: SequenceOutput) -> decode_pb2.SequenceEvent | None:
-        """The event for one choice's news of a step, which may be its last; None when there is nothing to send."""
+    def take(self, output: SequenceOutput, news: News) -> None:
+        """Adds to `news` what a step brought of one choice, which may be its last; nothing where that is none."""
         choice = self._open.get(output.choice_index)
         if choice is None:
-            return None
+            return
         tokens = self._unsent(choice, output.tokens)
         if output.finish_reason is not None:
             del self._open[output.choice_index]
-            return self._ending(output, tokens)
-        return self._event(output.choice_index, tokens) if tokens else None
+            self._add_ending(news, output, tokens)
+        elif tokens:
+            self._add(news, output.choice_index, tokens)
 
-    def end(self, reason: FinishReason, error: StaffettaError | None = None) -> list[decode_pb2.SequenceEvent]:
-        """The endings of all choices that have none."""
+    def end(self, reason: FinishReason, news: News, *, error: StaffettaError | None = None) -> None:
+        """Adds to `news` the endings of all choices that have none."""
         request_id = RequestId(self.start.request_id)
         outputs = [SequenceOutput(request_id, index, finish_reason=reason, error=error) for index in self._open]
         self._open.clear()
-        return [self._ending(output, []) for output in outputs]
+        for output in outputs:
+            self._add_ending(news, output, [])
 
-    def _unsent(self, choice: _Choice, tokens: tuple[SampledToken, ...]) -> list[common_pb2.Token]:
+    def _unsent(self, choice: _Choice, tokens: tuple[SampledToken, ...]) -> list[SampledToken]:
         """Those of `tokens` that are news, and are none from now on. Notes the time of the request's first."""
         unsent = [token for token in tokens if token.index >= choice.next_index]
         choice.next_index += len(unsent)
         if unsent and self.first_token_at is None:
             self.first_token_at = time.monotonic()
-        return [token_to_proto(token) for token in unsent]
+        return unsent
 
-    def _event(self, choice_index: int, tokens: list[common_pb2.Token]) -> decode_pb2.SequenceEvent:
-        return decode_pb2.SequenceEvent(request_id=self.start.request_id, choice_index=choice_index, tokens=tokens)
+    def _add(self, news: News, choice_index: int, tokens: list[SampledToken]) -> decode_pb2.SequenceEvent:
+        event = news.add(self.start.request_id, choice_index)
+        for token in tokens:
+            fill_token(event.tokens.add(), token)
+        return event
 
-    def _ending(self, output: SequenceOutput, tokens: list[common_pb2.Token]) -> decode_pb2.SequenceEvent:
-        """A choice's last event: its last tokens, how it ended, and what it took."""
+    def _add_ending(self, news: News, output: SequenceOutput, tokens: list[SampledToken]) -> None:
+        """Adds a choice's last event: its last tokens, how it ended, and what it took."""
         record = self.record
-        event = decode_pb2.SequenceEvent(
-            request_id=output.request_id,
-            choice_index=output.choice_index,
-            tokens=tokens,
-            finish_reason=finish_reason_to_proto(output.finish_reason),
-            summary=decode_pb2.SequenceSummary(
-                handoff=common_pb2.HandoffReport(
-                    prefill_worker=record.prefill_worker,
-                    decode_worker=self.decode_worker,
-                    transport=record.transport,
-                    handoff_bytes=record.num_bytes,
-                    handoff_blocks=record.num_blocks,
-                    failed_handoffs=record.num_failed,
-                    prefill_cached_tokens=record.prefill_cached_tokens,
-                )
-            ),
+        event = self._add(news, output.choice_index, tokens)
+        event.finish_reason = finish_reason_to_proto(output.finish_reason)
+        event.summary.handoff.CopyFrom(
+            common_pb2.HandoffReport(
+                prefill_worker=record.prefill_worker,
+                decode_worker=self.decode_worker,
+                transport=record.transport,
+                handoff_bytes=record.num_bytes,
+                handoff_blocks=record.num_blocks,
+                failed_handoffs=record.num_failed,
+                prefill_cached_tokens=record.prefill_cached_tokens,
+            )
         )
         if output.error is not None:
             event.failure.CopyFrom(failure_of(output.error))
@@ -166,7 +196,6 @@ class ActiveRequest:
             event.summary.handoff.locally_prefilled_tokens = stats.num_local_prompt_tokens
         queue_s = record.prefill_queue_s or (stats.queue_s if stats is not None else 0.0)
         event.summary.timings.CopyFrom(self._timings(queue_s=queue_s, landed_at=record.landed_at))
-        return event
 
     def _timings(self, *, queue_s: float, landed_at: float | None) -> common_pb2.PhaseTimings:
         """Splits the time since the request started into phases that add up to it."""

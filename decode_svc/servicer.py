@@ -16,14 +16,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import defaultdict
 from concurrent.futures import Future
 from itertools import count
 from typing import Any
 
 import grpc.aio
 
-from decode_svc.active import ActiveRequest, GatewaySession, Pipe
+from decode_svc.active import ActiveRequest, GatewaySession, News, Pipe
 from decode_svc.source import HandoffSource, Route
 from engine.request import (
     FinishReason,
@@ -250,7 +249,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Sends a prefill worker's first tokens at once. Endings, where one is, follow from the engine."""
         active = self._active.get(request_id)
         if active is not None:
-            active.session.send(active.hand_over(tokens))
+            active.hand_over(tokens)
 
     def on_prompt_tokens(self, request_id: RequestId, tokens: tuple[PromptToken, ...]) -> None:
         """Sends the prompt's log-probabilities, as a prefill worker computed them, at once."""
@@ -259,25 +258,26 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             active.send_prompt(tokens)
 
     def _dispatch(self, output: StepOutput) -> None:
-        events: dict[GatewaySession, list[decode_pb2.SequenceEvent]] = defaultdict(list)
-        for news in output.outputs:
-            active = self._active.get(news.request_id)
+        news_of: dict[GatewaySession, News] = {}
+        for part in output.outputs:
+            active = self._active.get(part.request_id)
             if active is None:
                 continue
-            if active.contradicts(news):
-                log.error("request %s: recomputing gave another first token than the hand-off", news.request_id)
-                self._cancel(news.request_id)
+            if (news := news_of.get(active.session)) is None:
+                news = news_of[active.session] = News(active.session)
+            if active.contradicts(part):
+                log.error("request %s: recomputing gave another first token than the hand-off", part.request_id)
+                self._cancel(part.request_id)
                 error = HandoffFailedError("recomputing gave another token; send it again")
-                events[active.session].extend(active.end(FinishReason.ERROR, error))
+                active.end(FinishReason.ERROR, news, error=error)
             else:
-                if news.prompt_tokens:
-                    active.send_prompt(news.prompt_tokens)
-                if (event := active.take(news)) is not None:
-                    events[active.session].append(event)
-            if not active.open_choices:
+                if part.prompt_tokens:
+                    active.send_prompt(part.prompt_tokens)
+                active.take(part, news)
+            if active.is_over:
                 self._forget(active)
-        for session, session_events in events.items():
-            session.send(session_events)
+        for news in news_of.values():
+            news.send()
 
     # Endings
 
@@ -287,7 +287,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             self._end(active, FinishReason.ERROR, public_error(error))
 
     def _end(self, active: ActiveRequest, reason: FinishReason, error: StaffettaError | None = None) -> None:
-        active.session.send(active.end(reason, error))
+        news = News(active.session)
+        active.end(reason, news, error=error)
+        news.send()
         self._forget(active)
 
     def _forget(self, active: ActiveRequest) -> None:

@@ -27,12 +27,19 @@ def finish_reason_to_proto(reason: FinishReason | None) -> common_pb2.FinishReas
 
 def token_to_proto(token: SampledToken) -> common_pb2.Token:
     """One generated token for the wire."""
-    message = common_pb2.Token(index=token.index, token_id=token.token_id)
+    message = common_pb2.Token()
+    fill_token(message, token)
+    return message
+
+
+def fill_token(message: common_pb2.Token, token: SampledToken) -> None:
+    """Makes an empty message, which may be part of another, that of a generated token."""
+    message.index = token.index
+    message.token_id = token.token_id
     if token.logprob is not None:
         message.logprob = token.logprob
     for token_id, logprob in token.top_logprobs:
         message.top_logprobs.add(token_id=token_id, logprob=logprob)
-    return message
 
 
 def token_from_proto(message: common_pb2.Token) -> SampledToken:
