@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels.rope import Rope
 from kernels.sampling import TokenDraw, TokenScores
+
+if TYPE_CHECKING:
+    from kernels.background import BackgroundStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,6 +274,9 @@ class Backend(Operations, Protocol):
         Bits, bytes written and exceptions are those of calling the operations one by one. One thread at a time may call
         what is returned: it keeps scratch memory, and its results may be overwritten by the next call.
         """
+
+    def background_step(self, definition: Definition) -> "BackgroundStep | None":
+        """Returns `definition` for steps beside the caller; None where the backend computes in its caller's calls."""
 
     def log_softmax(self, logits: Tensor) -> Tensor: ...
 

@@ -364,6 +364,9 @@ class ReferenceBackend:
         """The definition, one operation after another: there is nothing faster here."""
         return partial(definition, self)
 
+    def background_step(self, definition: Definition) -> None:
+        """None: torch computes in its caller's calls."""
+
     embedding = staticmethod(embedding)
     take_rows = staticmethod(take_rows)
     rms_norm = staticmethod(rms_norm)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.backend import Batch, Definition, Linear, Rotation, Spans, WeightFormat, check_scales
 from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
+from kernels.cpu.background import CpuBackgroundStep
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, pages_of_layer, rows
 from kernels.cpu.linear import CpuLinear, CpuPacking, interleave, pack
 from kernels.cpu.memory import WeightMemory
@@ -87,6 +88,10 @@ class CpuBackend:
     def compile_step(self, definition: Definition) -> Callable[[Batch, Tensor], tuple[Tensor, ...]]:
         """Records `definition` and returns it as one call. Raises ValueError or TypeError where it cannot be."""
         return CompiledStep(self, definition)
+
+    def background_step(self, definition: Definition) -> CpuBackgroundStep | None:
+        """Records `definition` for a driver; None on one thread, where nothing is left to compute beside its caller."""
+        return CpuBackgroundStep(self, definition) if self.threads > 1 else None
 
     @property
     def packing(self) -> CpuPacking:

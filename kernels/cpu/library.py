@@ -5,7 +5,7 @@ makes one keeps the tensors alive until the call returns.
 """
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Status(IntEnum):
     UNSUPPORTED = 2
     OUT_OF_MEMORY = 3
     NO_THREADS = 4
+    NOT_RUN = 5
 
 
 class OperationKind(IntEnum):
@@ -202,6 +203,28 @@ class StepCall(Structure):
     )
 
 
+class Errand(Structure):
+    """See `team.h`."""
+
+    _fields_ = (("work", c_void_p), ("is_done", c_int32))
+
+
+class StepJob(Structure):
+    """See `step.h`."""
+
+    _fields_ = (
+        ("errand", Errand),
+        *((name, c_int32) for name in ("is_unwanted", "status", "set", "threads")),
+        ("program", POINTER(StepProgram)),
+        ("call", POINTER(StepCall)),
+        ("logits", Matrix),
+        ("draws", c_char_p),
+        ("num_draws", c_int64),
+        ("drawn_ids", c_char_p),
+        *((name, c_void_p) for name in ("tokens", "before", "sources", "token_ids", "is_held")),
+    )
+
+
 _MATRIX = POINTER(Matrix)
 _CALL = (c_int32, c_int32)  # instruction set, threads
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -215,6 +238,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "layer_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
     "rotate_and_write": (c_int32, (*_CALL, POINTER(RotateArguments), POINTER(Pages), c_int64)),
     "step": (c_int32, (*_CALL, POINTER(StepProgram), POINTER(StepCall))),
+    "step_begin": (c_int32, (POINTER(StepJob),)),
+    "step_finish": (c_int32, (POINTER(StepJob),)),
     "log_softmax": (c_int32, (*_CALL, _MATRIX, _MATRIX)),
     "sample": (c_int32, (*_CALL, _MATRIX, c_void_p, c_int64, c_void_p, c_void_p)),
     "score_tokens": (c_int32, (*_CALL, POINTER(ScoreArguments))),

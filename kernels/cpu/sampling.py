@@ -44,7 +44,7 @@ class Sampler:
         """
         backend = self._backend
         described, owner = self._describe(logits)
-        packed, token_ids = _pack(draws)
+        packed, token_ids = pack_draws(draws)
         tokens = array("q", bytes(8 * len(draws)))
         address, _ = tokens.buffer_info()
         status = backend.library.staffetta_sample(
@@ -96,7 +96,7 @@ def score_tokens(backend: "CpuBackend", logits: Tensor, *, at: Tensor, targets: 
     return scores
 
 
-def _pack(draws: Sequence[TokenDraw]) -> tuple[bytes, bytes]:
+def pack_draws(draws: Sequence[TokenDraw]) -> tuple[bytes, bytes]:
     """The draws as the kernels read them, and all their token ids one after another."""
     records: list[bytes] = []
     ids: list[bytes] = []

@@ -27,35 +27,43 @@ _Before = tuple[int, ...]
 """A place in scratch memory: the bytes before it for each row of each kind, in the order of `RowsOf`."""
 
 
-class CompiledStep:
-    """A definition as a program in memory, with memory for its values. One thread at a time.
+class Program:
+    """A definition's operations in memory, for any number of calls.
 
-    `scratch_row_bytes` is how much of it a row of each kind takes, in the order of `RowsOf`.
+    `scratch_row_bytes` is how much scratch memory a row of each kind takes, in the order of `RowsOf`.
     """
 
-    def __init__(self, backend: "CpuBackend", definition: Definition) -> None:
+    def __init__(self, definition: Definition) -> None:
         """Records `definition`. Raises ValueError or TypeError for one that cannot be recorded."""
-        self._backend = backend
-        self._definition = definition
-        self._recording = record(definition)  # owns the weights that the program points to
-        places, self.scratch_row_bytes = _place(self._recording)
-        operations = [_describe(operation, places, self._recording) for operation in self._recording.operations]
+        self.recording = record(definition)  # owns the weights that the program points to
+        places, self.scratch_row_bytes = _place(self.recording)
+        operations = [_describe(operation, places, self.recording) for operation in self.recording.operations]
         self._operations = (abi.StepOperation * len(operations))(*operations)
-        self._program = abi.StepProgram(self._operations, len(operations))
-        self._call = abi.StepCall()
+        self.description = abi.StepProgram(self._operations, len(operations))
+
+
+class PreparedCall:
+    """One call of a program, with memory for its values, made once and changed for each step.
+
+    `results` are overwritten by the next step of as many rows.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self.description = abi.StepCall()
+        self.results: tuple[Tensor, ...] = ()
         self._pages: Tensor | None = None  # those that the call describes
         self._num_rows: tuple[int, ...] = ()  # those that the call has room for, by kind
-        self._results: tuple[Tensor, ...] = ()
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._scratch_bytes = 0  # as many as the largest step so far needed
 
-    def __call__(self, batch: Batch, pages: Tensor) -> tuple[Tensor, ...]:
-        """Computes a step; contract and exceptions are those of the definition on the backend's own operations.
+    def prepare(self, batch: Batch, pages: Tensor) -> None:
+        """Makes it the call for a step. Raises ValueError when the recorded operations do not fit the pages.
 
-        What it returns is overwritten by the next step of as many rows. Torch is left alone in such a step: after one
-        that has filled the caches with weights, the first use of each of its functions costs some 50 us.
+        Torch is left alone for a step of as many rows as the last: after one that has filled the caches with weights,
+        the first use of each of its functions costs some 50 us.
         """
-        call, backend = self._call, self._backend
+        call = self.description
         if pages is not self._pages:
             self._describe_pages(pages)
         num_rows = batch.num_tokens, batch.num_drawn, batch.num_scored
@@ -63,37 +71,63 @@ class CompiledStep:
             self._make_room(num_rows)
         call.numbers, _ = batch.numbers.buffer_info()
         call.num_sequences, call.max_blocks = batch.num_sequences, batch.max_blocks
-        if backend.library.staffetta_step(backend.isa, backend.threads, byref(self._program), byref(call)):
-            # Once more, one by one, which writes the same bytes: the operation that refuses says what is wrong.
-            return self._definition(backend, batch, pages)
-        return self._results
 
     def _make_room(self, num_rows: tuple[int, ...]) -> None:
         """Makes the call one of so many rows of each kind, with scratch memory and results of its own."""
         self._num_rows = ()
-        num_bytes = sum(map(mul, num_rows, self.scratch_row_bytes))
+        num_bytes = sum(map(mul, num_rows, self._program.scratch_row_bytes))
         if num_bytes > self._scratch_bytes:
             self._scratch, self._scratch_bytes = torch.empty(num_bytes, dtype=torch.uint8), num_bytes
-            self._call.scratch = self._scratch.data_ptr()
-        self._results = tuple(
-            torch.empty(num_rows[value.rows_of], value.columns, dtype=value.dtype) for value in self._recording.results
+            self.description.scratch = self._scratch.data_ptr()
+        self.results = tuple(
+            torch.empty(num_rows[value.rows_of], value.columns, dtype=value.dtype)
+            for value in self._program.recording.results
         )
-        for number, result in enumerate(self._results):
-            self._call.results[number] = result.data_ptr()
-        self._call.num_rows[:] = num_rows
+        for number, result in enumerate(self.results):
+            self.description.results[number] = result.data_ptr()
+        self.description.num_rows[:] = num_rows
         self._num_rows = num_rows
 
     def _describe_pages(self, pages: Tensor) -> None:
         """Makes the call one over `pages`. Raises ValueError when the recorded operations do not fit them."""
-        shape = self._recording.page_shape
+        shape = self._program.recording.page_shape
         if shape is not None:
             num_layers, head_dim = pages.shape[2], pages.shape[5]
             if (pages.dtype, pages.shape[1], head_dim) != shape[:3] or num_layers < shape.num_layers:
                 raise ValueError(f"pages are {pages.dtype} {list(pages.shape)}, the model writes {shape}")
             if pages.stride(5) != 1:
                 raise ValueError("the numbers of a key or value are not side by side in the pages")
-            self._call.pages, self._call.layer_stride = pages_of_layer(pages, 0), pages.stride(2)
+            self.description.pages, self.description.layer_stride = pages_of_layer(pages, 0), pages.stride(2)
         self._pages = pages
+
+
+class CompiledStep:
+    """A definition as a program in memory that is run as one call. One thread at a time."""
+
+    def __init__(self, backend: "CpuBackend", definition: Definition) -> None:
+        """Records `definition`. Raises ValueError or TypeError for one that cannot be recorded."""
+        self._backend = backend
+        self._definition = definition
+        self._program = Program(definition)
+        self._call = PreparedCall(self._program)
+
+    @property
+    def scratch_row_bytes(self) -> tuple[int, ...]:
+        """Scratch memory that a row of each kind takes, in the order of `RowsOf`."""
+        return self._program.scratch_row_bytes
+
+    def __call__(self, batch: Batch, pages: Tensor) -> tuple[Tensor, ...]:
+        """Computes a step; contract and exceptions are those of the definition on the backend's own operations.
+
+        What it returns is overwritten by the next step of as many rows.
+        """
+        backend, call = self._backend, self._call
+        call.prepare(batch, pages)
+        program, description = byref(self._program.description), byref(call.description)
+        if backend.library.staffetta_step(backend.isa, backend.threads, program, description):
+            # Once more, one by one, which writes the same bytes: the operation that refuses says what is wrong.
+            return self._definition(backend, batch, pages)
+        return call.results
 
 
 def _place(recording: Recording) -> tuple[Mapping[Value, _Before], _Before]:

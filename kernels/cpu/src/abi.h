@@ -17,7 +17,7 @@ enum WeightKind : int32_t {
   kWeightInt8Only = 3,  // against rows as they are
   kWeightInt4 = 4,      // likewise
 };
-enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3, kNoThreads = 4 };
+enum Status : int32_t { kOk = 0, kOutOfRange = 1, kUnsupported = 2, kOutOfMemory = 3, kNoThreads = 4, kNotRun = 5 };
 
 // A matrix of the caller's. data may be null where a function says so.
 struct Matrix {
@@ -105,6 +105,8 @@ int32_t staffetta_layer_norm(int32_t set, int32_t threads, const Matrix* x, cons
 int32_t staffetta_rotate_and_write(int32_t set, int32_t threads, const RotateArguments* call, const Pages* pages,
                                    int64_t num_positions);
 int32_t staffetta_attention(int32_t set, int32_t threads, const AttentionArguments* call, const Pages* pages);
+int32_t staffetta_sample(int32_t set, int32_t threads, const Matrix* logits, const Draw* draws, int64_t num_draws,
+                         const int64_t* token_ids, int64_t* tokens);
 }
 
 // One instruction set's functions, in the order of the sources.

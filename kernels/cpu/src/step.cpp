@@ -1,5 +1,8 @@
 #include "step.h"
 
+#include <new>
+#include <system_error>
+
 namespace {
 
 // One call under way: turns operands into matrices, operations into calls.
@@ -109,6 +112,36 @@ struct Step {
   }
 };
 
+// Puts the tokens of the step before into the numbers of one that follows it. False when it is not to be computed.
+bool follow(const StepJob& job) {
+  if (job.is_held->load() || job.before->status.load() != kOk) return false;
+  for (int64_t row = 0; row < job.call->num_rows[kTokens]; ++row) {
+    const int64_t token = job.before->tokens[job.sources[row]];
+    if (token < 0) return false;
+    job.token_ids[row] = token;
+  }
+  return true;
+}
+
+int32_t compute(const StepJob& job) {
+  const Step step(job.set, job.threads, *job.call);
+  for (int64_t number = 0; number < job.program->num_operations; ++number) {
+    if (job.is_unwanted.load(std::memory_order_relaxed)) return kNotRun;
+    if (const int32_t status = step.run(job.program->operations[number]); status != kOk) return status;
+  }
+  return staffetta_sample(job.set, job.threads, &job.logits, job.draws, job.num_draws, job.drawn_ids, job.tokens);
+}
+
+void run_job(Errand& errand) {
+  StepJob& job = reinterpret_cast<StepJob&>(errand);  // its first member
+  if (job.before && !follow(job)) {
+    job.status.store(kNotRun);
+    return;
+  }
+  job.status.store(kBegun);
+  job.status.store(compute(job));
+}
+
 }  // namespace
 
 extern "C" {
@@ -120,6 +153,27 @@ int32_t staffetta_step(int32_t set, int32_t threads, const StepProgram* program,
   for (int64_t number = 0; number < program->num_operations; ++number)
     if (const int32_t status = step.run(program->operations[number]); status != kOk) return status;
   return kOk;
+}
+
+// Has the calling thread's driver compute the step, and returns at once. Everything that the job points to must stay
+// until staffetta_step_finish has returned, and what it follows until it is begun.
+int32_t staffetta_step_begin(StepJob* job) {
+  job->errand.work = run_job;
+  job->status.store(kNotBegun);
+  try {
+    begin_beside(job->errand);
+    return kOk;
+  } catch (const std::bad_alloc&) {
+    return kOutOfMemory;
+  } catch (const std::system_error&) {
+    return kNoThreads;
+  }
+}
+
+// Takes part in computing until the step is done; returns the status of the first operation that refused, or kNotRun.
+int32_t staffetta_step_finish(StepJob* job) {
+  finish_beside(job->errand);
+  return job->status.load();
 }
 
 }  // extern "C"

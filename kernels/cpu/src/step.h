@@ -5,6 +5,7 @@
 // arguments that it would be called with one at a time, so its bits, its checks and its order are the same.
 #pragma once
 #include "abi.h"
+#include "team.h"
 
 enum OperationKind : int32_t {
   kTakeRows = 0,
@@ -61,3 +62,27 @@ struct StepCall {
   char* scratch;         // aligned to 64
   char* results[kMaxResults];
 };
+
+// A step that a driver computes beside whoever began it, up to the tokens that are drawn from its logits.
+//
+// One that follows another takes its token ids from there, and so can be begun before that one has drawn any. It is not
+// computed when that one was not, or lacks a token, or when `is_held` is set by the time it is its turn.
+struct StepJob {
+  Errand errand;
+  std::atomic<int32_t> is_unwanted;  // may be set at any time: no further operation is begun
+  std::atomic<int32_t> status;       // kNotBegun until its turn
+  int32_t set, threads;
+  const StepProgram* program;
+  const StepCall* call;
+  Matrix logits;
+  const Draw* draws;
+  int64_t num_draws;
+  const int64_t* drawn_ids;  // of all draws
+  int64_t* tokens;           // [num_draws]; less than 0 where none could be drawn
+  const StepJob* before;     // the step that this one follows, or null
+  const int64_t* sources;    // [num_rows[kTokens]]: which of its tokens
+  int64_t* token_ids;        // [num_rows[kTokens]]: where they go
+  const std::atomic<int32_t>* is_held;
+};
+
+enum JobStatus : int32_t { kNotBegun = -2, kBegun = -1 };  // and then a Status

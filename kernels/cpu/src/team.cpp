@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -49,7 +50,8 @@ class NoSignals {
 // once more after it has said that it sleeps; both in one order that all threads see.
 class Team {
  public:
-  Team() = default;
+  // `num_guests`, 0 or 1, of the threads that a call asks for are nobody's here: they come when they like, see `assist`.
+  explicit Team(int num_guests = 0) : num_guests_(num_guests) {}
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
@@ -76,7 +78,24 @@ class Team {
     if (error_) std::rethrow_exception(error_);
   }
 
+  // The guest's part, on its own thread: works with the others until is_done, which `tell` is called after.
+  void assist(const std::atomic<int32_t>& is_done) {
+    for (uint64_t seen = number(gate_.load()) - 1;;) {
+      wait_until([&] { return is_done.load() || is_after(seen); });
+      if (is_done.load()) return;
+      take_part_after(seen, kGuest);
+    }
+  }
+
+  // Has the guest look again whether it is done.
+  void tell() {
+    if (num_sleeping_.load() == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    opened_.notify_all();
+  }
+
  private:
+  static constexpr int kGuest = 1;  // its index
   static constexpr uint64_t kInside = 1;  // a member at work; less than 2^15 of them
   static constexpr uint64_t kOpen = uint64_t{1} << 15;
   static constexpr uint64_t kNumber = uint64_t{1} << 16;
@@ -85,21 +104,20 @@ class Team {
   static uint64_t num_inside(uint64_t gate) { return gate % kOpen; }
 
   void grow(int threads) {
-    if (static_cast<int>(members_.size()) >= threads - 1) return;
+    const int num_members = threads - 1 - num_guests_;
+    if (static_cast<int>(members_.size()) >= num_members) return;
     const NoSignals blocked;
-    members_.reserve(threads - 1);
-    while (static_cast<int>(members_.size()) < threads - 1)
-      members_.emplace_back([this, index = static_cast<int>(members_.size()) + 1, seen = number(gate_.load())] {
-        serve(index, seen);
-      });
+    members_.reserve(num_members);
+    while (static_cast<int>(members_.size()) < num_members) {
+      const int index = static_cast<int>(members_.size()) + 1 + num_guests_;
+      members_.emplace_back([this, index, seen = number(gate_.load())] { serve(index, seen); });
+    }
   }
 
   // Lets members begin the next work.
   void open() {
     gate_.store((number(gate_.load(std::memory_order_relaxed)) + 1) * kNumber + kOpen);
-    if (num_sleeping_.load() == 0) return;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    opened_.notify_all();
+    tell();
   }
 
   // Lets no more members begin, and waits for those who did.
@@ -117,22 +135,30 @@ class Team {
   void serve(int index, uint64_t seen) {
     pthread_setname_np(pthread_self(), "kernels");
     for (;;) {
-      wait_for_work_after(seen);
-      uint64_t gate = gate_.load(std::memory_order_acquire);
-      seen = number(gate);
+      wait_until([&] { return is_after(seen); });
       if (is_over_.load()) return;
-      // Of another work the number of threads may already be, but then this one can no longer be entered.
-      if (index < threads_.load(std::memory_order_acquire) && enter(gate)) take_part();
+      take_part_after(seen, index);
     }
   }
 
-  void wait_for_work_after(uint64_t seen) {
-    const auto is_new = [&] { return number(gate_.load(std::memory_order_acquire)) != seen; };
-    if (spin(is_new)) return;
+  // Whether there is, or was, work after that of the number `seen`.
+  bool is_after(uint64_t seen) const { return number(gate_.load()) != seen; }
+
+  template <class Condition>
+  void wait_until(const Condition& is_met) {
+    if (spin(is_met)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     num_sleeping_.fetch_add(1);
-    opened_.wait(lock, [&] { return number(gate_.load()) != seen; });
+    opened_.wait(lock, is_met);
     num_sleeping_.fetch_sub(1);
+  }
+
+  // Takes part in the work at hand if it can still be entered; its number is `seen` from now on.
+  void take_part_after(uint64_t& seen, int index) {
+    const uint64_t gate = gate_.load(std::memory_order_acquire);
+    seen = number(gate);
+    // Of another work the number of threads may already be, but then this one can no longer be entered.
+    if (index < threads_.load(std::memory_order_acquire) && enter(gate)) take_part();
   }
 
   // Whether this member may begin the work that `gate` tells of.
@@ -157,6 +183,7 @@ class Team {
     left_.notify_one();
   }
 
+  const int num_guests_;
   alignas(64) std::atomic<uint64_t> gate_{0};
   // Written by the caller before it opens the gate, or under the mutex.
   std::atomic<int> threads_{0};
@@ -173,15 +200,94 @@ class Team {
 };
 
 thread_local std::unique_ptr<Team> team;
+thread_local Team* lent_team = nullptr;  // a driver's, in place of one of its own
 
-// A forked child has none of the threads: what is left of the team must be neither used nor joined.
-void forget_team() { static_cast<void>(team.release()); }
+// A thread that carries out errands in order, with a team whose guest is whoever began them.
+class Driver {
+ public:
+  Driver() {
+    const NoSignals blocked;
+    thread_ = std::thread([this] { serve(); });
+  }
+  Driver(const Driver&) = delete;
+  Driver& operator=(const Driver&) = delete;
 
-[[maybe_unused]] const int is_registered = pthread_atfork(nullptr, nullptr, forget_team);
+  ~Driver() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      is_over_.store(true);
+    }
+    came_.notify_one();
+    thread_.join();
+  }
+
+  void begin(Errand& errand) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      errands_.push_back(&errand);
+      num_errands_.store(errands_.size());
+    }
+    came_.notify_one();
+  }
+
+  void finish(const Errand& errand) { team_.assist(errand.is_done); }
+
+ private:
+  void serve() {
+    pthread_setname_np(pthread_self(), "kernels");
+    lent_team = &team_;
+    while (Errand* errand = next()) {
+      errand->work(*errand);
+      errand->is_done.store(1);  // from now on it may be gone
+      team_.tell();
+    }
+  }
+
+  // Waits for the next errand; null when there are no more, for good.
+  Errand* next() {
+    spin([&] { return num_errands_.load() > 0 || is_over_.load(); });
+    std::unique_lock<std::mutex> lock(mutex_);
+    came_.wait(lock, [&] { return !errands_.empty() || is_over_.load(); });
+    if (errands_.empty()) return nullptr;
+    Errand* const errand = errands_.front();
+    errands_.pop_front();
+    num_errands_.store(errands_.size());
+    return errand;
+  }
+
+  Team team_{1};
+  std::mutex mutex_;
+  std::condition_variable came_;
+  std::deque<Errand*> errands_;
+  std::atomic<size_t> num_errands_{0};  // as many as errands_ has, for who spins
+  std::atomic<bool> is_over_{false};
+  std::thread thread_;
+};
+
+thread_local std::unique_ptr<Driver> driver;
+
+// A forked child has none of the threads: what is left of them must be neither used nor joined.
+void forget_threads() {
+  static_cast<void>(team.release());
+  static_cast<void>(driver.release());
+}
+
+[[maybe_unused]] const int is_registered = pthread_atfork(nullptr, nullptr, forget_threads);
 
 }  // namespace
 
 void run_on_team(int threads, void (*work)(void*), void* context) {
+  if (lent_team) return lent_team->run(threads, work, context);
   if (!team) team = std::make_unique<Team>();
   team->run(threads, work, context);
+}
+
+void begin_beside(Errand& errand) {
+  if (!driver) driver = std::make_unique<Driver>();
+  errand.is_done.store(0);
+  driver->begin(errand);
+}
+
+void finish_beside(const Errand& errand) {
+  if (driver) driver->finish(errand);
 }

@@ -55,3 +55,18 @@ void share_loop(int threads, int64_t count, const F& f) {
 }
 
 }  // namespace
+
+// Work for a thread of its own, the driver. It must stay where it is until it is done.
+struct Errand {
+  void (*work)(Errand&);
+  std::atomic<int32_t> is_done;
+};
+
+// Has the calling thread's driver carry the errand out after those begun before it, and returns. The driver lives as long
+// as the caller's thread. What the work runs on a team is for the driver, its members, and the caller while it is in
+// `finish_beside`: together no more threads than a call asks for, which is to be two or more. Throws std::system_error
+// when no thread can be started; then nothing has begun.
+void begin_beside(Errand& errand);
+
+// Takes part in the work that is under way until the errand is done. On the thread that began it.
+void finish_beside(const Errand& errand);

@@ -1,0 +1,115 @@
+"""Steps beside the thread that begins them: a driver of compiled code computes, and the thread helps once it is idle.
+
+While that thread does something else the kernels have one thread less, which is why this is for two threads and more.
+What a step reads and writes must stay where it is until the step is done, so a few places for that take turns.
+"""
+
+from array import array
+from collections.abc import Sequence
+from ctypes import addressof, byref, c_int32, pointer
+from itertools import cycle
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from kernels.backend import Batch, Definition
+from kernels.background import Following
+from kernels.cpu import library as abi
+from kernels.cpu.library import RowsOf, Status, matrix
+from kernels.cpu.sampling import pack_draws
+from kernels.cpu.step import PreparedCall, Program
+from kernels.sampling import TokenDraw
+
+if TYPE_CHECKING:
+    from kernels.cpu.backend import CpuBackend
+
+_NUM_JOBS: Final = 3
+"""Two in flight, and the one before them, whose tokens the first of them may not have read yet."""
+
+
+class CpuStepInFlight:
+    """A place for a step, and the step that has it. See `kernels.background.StepInFlight`."""
+
+    def __init__(self, backend: "CpuBackend", program: Program, held: c_int32) -> None:
+        self._library = backend.library
+        self._call = PreparedCall(program)
+        self._logits: Tensor | None = None  # those that the job describes
+        self._keep: tuple[object, ...] = ()
+        self._tokens = self._sources = array("q")
+        self._job = abi.StepJob(
+            set=backend.isa,
+            threads=backend.threads,
+            program=pointer(program.description),
+            call=pointer(self._call.description),
+            is_held=addressof(held),
+        )
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether its turn has come and it is not computed."""
+        return bool(self._job.status == Status.NOT_RUN)
+
+    def begin(self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None) -> None:
+        """Has the step computed."""
+        job, call = self._job, self._call
+        call.prepare(batch, pages)
+        if call.results[0] is not self._logits:
+            self._logits = call.results[0]
+            job.logits = matrix(self._logits)
+        packed, token_ids = pack_draws(draws)
+        self._tokens = array("q", bytes(8 * len(draws)))
+        job.draws, job.drawn_ids, job.num_draws = packed, token_ids, len(draws)
+        job.tokens, _ = self._tokens.buffer_info()
+        job.token_ids, job.before = call.description.numbers, None
+        if follows is not None:
+            self._sources = array("q", follows.draws)
+            job.sources, _ = self._sources.buffer_info()
+            if not isinstance(follows.step, CpuStepInFlight):
+                raise TypeError(f"{follows.step!r} is no step of the compiled kernels")
+            job.before = addressof(follows.step._job)
+        self._keep = batch, pages, packed, token_ids
+        job.is_unwanted = 0
+        if self._library.staffetta_step_begin(byref(job)):
+            job.status, job.errand.is_done = Status.NOT_RUN, 1
+
+    def finish(self) -> list[int] | None:
+        """Helps computing it to the end, and returns the drawn tokens; None when it was not computed to its end."""
+        if self._library.staffetta_step_finish(byref(self._job)):
+            return None
+        tokens = self._tokens.tolist()
+        return None if any(token < 0 for token in tokens) else tokens
+
+    def discard(self) -> None:
+        """Returns when nothing computes it any more: after the operation that it is at."""
+        self._job.is_unwanted = 1
+        self._library.staffetta_step_finish(byref(self._job))
+
+
+class CpuBackgroundStep:
+    """A definition whose steps a driver computes. See `kernels.background.BackgroundStep`."""
+
+    def __init__(self, backend: "CpuBackend", definition: Definition) -> None:
+        """Records `definition`. Raises ValueError or TypeError for one that cannot be recorded, or has no logits."""
+        program = Program(definition)
+        logits = program.recording.results[0]
+        if (logits.rows_of, logits.dtype) != (RowsOf.DRAWN, torch.float32):
+            raise ValueError(f"tokens are drawn from the definition's first result, which has {logits}")
+        self._held = c_int32(0)
+        self._steps = cycle([CpuStepInFlight(backend, program, self._held) for _ in range(_NUM_JOBS)])
+
+    def begin(
+        self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None = None
+    ) -> CpuStepInFlight:
+        """Begins a step and returns at once."""
+        step = next(self._steps)
+        step.begin(batch, pages, draws, follows=follows)
+        return step
+
+    def hold(self) -> None:
+        """From now on no step is computed that follows another, unless it is under way. Any thread."""
+        self._held.value = 1
+
+    def go_on(self) -> None:
+        """Ends `hold`."""
+        self._held.value = 0
