@@ -2,16 +2,19 @@
 
 A request's way: `add` checks it → it waits for its turn, or for KV from elsewhere (`awaiting`) → `step` lets the
 scheduler plan, runs the plan and commits it → with its first tokens it is forked, one sequence for each choice → every
-piece of news is in the `StepOutput` → its blocks are given back. Every choice of an accepted request has exactly one
-ending. The engine must never let one request's failure reach another, and never
-hold a block that no sequence owns.
+piece of news is in the `StepOutput` → its blocks are given back. While streams only generate, a step is begun before
+the one before it is over, and computed while that one is booked and told (`ahead`). Every choice of an accepted request
+has exactly one ending. The engine must never let one request's failure reach another, and never hold a block that no
+sequence owns.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
 from engine.admission import check_request
+from engine.ahead import StepAhead
 from engine.awaiting import AwaitingSequences, Ending
 from engine.cache.lease import BlockLease
 from engine.cache.pool import BlockPool
@@ -57,6 +60,7 @@ class Engine:
         self._prefix = PrefixCache(self._pool) if limits.prefix_caching else DisabledPrefixCache(self._pool)
         self._scheduler = Scheduler(self._pool, self._prefix, limits, clock=clock)
         self._pacer = StepPacer(max_slowdown=limits.max_slowdown, max_tokens=limits.max_batch_tokens)
+        self._ahead = StepAhead(runner, self._scheduler, self._pool)
         self._awaiting: AwaitingSequences | None = None
         if source is not None:
             self._awaiting = AwaitingSequences(source, self._scheduler, self._pool, self._prefix)
@@ -66,6 +70,8 @@ class Engine:
         self._news: list[SequenceOutput] = []
         """Endings between steps."""
         self._num_steps = 0
+        self._computed_at = -math.inf
+        """When the last step was computed."""
 
     def add(self, request: Request) -> None:
         """Accepts a request. Raises a StaffettaError, leaving nothing behind, when it cannot be served ever, or now."""
@@ -128,13 +134,25 @@ class Engine:
         None says that nothing happened and nothing will before a command or news of the source.
         """
         num_events = self._take_news_in()
-        plan = self._schedule()
+        plan = self._ahead.plan() or self._schedule()
         outputs = self._compute(plan)
         news, self._news = self._news, []
         if not (num_events or news or outputs or plan.leases or plan.preempted or plan.slices):
             return None
         self._num_steps += 1
         return StepOutput(self._num_steps, (*news, *outputs))
+
+    def hold(self) -> None:
+        """Has the step that is under way be followed by none before `go_on`: there is news to take in. Any thread."""
+        self._runner.hold()
+
+    def go_on(self) -> None:
+        """Ends `hold`: the news is about to be taken in."""
+        self._runner.go_on()
+
+    def close(self) -> None:
+        """Returns when nothing is computed any more. What was computed beside the last `step` is forgotten."""
+        self._ahead.discard()
 
     def counts(self) -> EngineCounts:
         """How full the engine is."""
@@ -199,11 +217,14 @@ class Engine:
             return []
         try:
             failpoint.hit("engine.step")
-            began = self._clock()
-            outcomes = self._run(slices)
-            self._pacer.observe(MeasuredStep.of(slices, self._clock() - began))
+            began = self._computed_at if self._ahead.is_under_way else self._clock()
+            computed = self._ahead.run(slices)
+            outcomes: list[SliceOutcome] = self._run(slices) if computed is None else [*computed]
+            self._computed_at = self._clock()
+            self._pacer.observe(MeasuredStep.of(slices, self._computed_at - began))
         except BaseException:
             self._scheduler.rollback()
+            self._ahead.discard()
             raise
         committed = self._scheduler.commit(outcomes)
         return [output for sequence, outcome in committed for output in self._report(sequence, outcome)]

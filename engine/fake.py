@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVOffer, KVQuiesced, KVReady
 from engine.request import PromptToken, Request, RequestId, SampledToken
 from engine.sequence import SequenceId
-from engine.step import Draw, SequenceSlice, SliceResult
+from engine.step import Draw, Following, SequenceSlice, SliceResult, StepInFlight
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
 from staffetta.hashing import BlockHash
@@ -117,6 +117,17 @@ class FakeRunner:
         for token_slice in slices:
             self._copy(token_slice)
         return [self._run_slice(token_slice) for token_slice in slices]
+
+    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
+        """None: everything is computed in `run`."""
+        del slices, follows
+        return None
+
+    def hold(self) -> None:
+        """Nothing is ever begun."""
+
+    def go_on(self) -> None:
+        """Nothing is ever begun."""
 
     def write(self, block_ids: Sequence[BlockId], token_ids: Sequence[int], *, start: int) -> None:
         """Writes what positions from `start` to the end of `token_ids` hold into blocks of indices from `start` on.

@@ -13,15 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import kernels.background
 from engine.batch import lay_out
 from engine.compressed_tensors import Compression, own_dtypes, stored_shapes
 from engine.identity import numerics_digest
 from engine.model_config import ModelConfig
 from engine.models.llama import Llama, tensor_shapes
 from engine.packed_weights import ModelSource, load_model
-from engine.request import PromptToken
-from engine.sampler import Target, sample, score
-from engine.step import BlockCopy, SequenceSlice, SliceResult
+from engine.request import PromptToken, SampledToken
+from engine.sampler import Target, sample, score, token_draws
+from engine.step import BlockCopy, Following, SequenceSlice, SliceResult, StepInFlight
 from engine.weights import TORCH_DTYPES, StoredWeights
 from kernels.backend import Backend, BackendUnavailableError, WeightFormat, select
 from kvtransfer.layout import KVDtype, KVLayout
@@ -133,6 +134,7 @@ class ModelRunner:
         self._backend = backend
         self._model = model
         self._compute = backend.compile_step(model.forward)
+        self._background = backend.background_step(model.forward)
         self._block_size = group.block_size
         # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)
@@ -161,6 +163,30 @@ class ModelRunner:
             for part in slices
         ]
 
+    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
+        """Begins a step that only generates, as `engine.step.Runner` says. None on a backend that computes in calls."""
+        if self._background is None:
+            return None
+        batch = lay_out(slices, block_size=self._block_size)
+        draws = [part.draw for part in slices if part.draw is not None]
+        source = None
+        if follows is not None:
+            if not isinstance(follows.step, _ModelStep):
+                raise TypeError(f"{follows.step!r} is no step of a model")
+            source = kernels.background.Following(follows.step.computing, follows.slices)
+        computing = self._background.begin(batch, self._pages, token_draws(draws), follows=source)
+        return _ModelStep(computing, [draw.output_index for draw in draws])
+
+    def hold(self) -> None:
+        """From now on no step is computed that follows another, unless it is under way. Any thread."""
+        if self._background is not None:
+            self._background.hold()
+
+    def go_on(self) -> None:
+        """Ends `hold`."""
+        if self._background is not None:
+            self._background.go_on()
+
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copies whole pages, all layers. Raises IndexError for a block outside the pool; then nothing is written."""
         for block_id in (block_id for copy in copies for block_id in copy):
@@ -177,6 +203,31 @@ class ModelRunner:
         for begin in range(0, len(targets), _SCORED_ROWS):
             tile = slice(begin, begin + _SCORED_ROWS)
             yield from score(self._model.logits(hidden[tile]), targets[tile], self._backend)
+
+
+class _ModelStep:
+    """A step of a model that was begun: its tokens as the engine wants them."""
+
+    def __init__(self, computing: kernels.background.StepInFlight, output_indices: list[int]) -> None:
+        self.computing = computing
+        self._output_indices = output_indices
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether its turn has come and it is not computed."""
+        return self.computing.is_refused
+
+    def finish(self) -> list[SliceResult] | None:
+        """Returns the results, or None."""
+        token_ids = self.computing.finish()
+        if token_ids is None:
+            return None
+        tokens = map(SampledToken, self._output_indices, token_ids)
+        return [SliceResult((token,)) for token in tokens]
+
+    def discard(self) -> None:
+        """Returns when nothing computes it any more."""
+        self.computing.discard()
 
 
 def _targets(part: SequenceSlice) -> list[Target]:

@@ -37,8 +37,7 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tupl
     logits: [len(draws), vocab_size], float32, on the CPU; not written to. Raises ArithmeticError when a row has a NaN,
     an infinity, or nothing left to choose.
     """
-    token_draws = [_token_draw(row, draw, choice) for row, draw in enumerate(draws) for choice in draw.choices]
-    token_ids = backend.sample(logits, token_draws)
+    token_ids = backend.sample(logits, token_draws(draws))
     if all(draw.sampling.num_logprobs is None for draw in draws):
         drawn = iter(token_ids)
         return [tuple([SampledToken(draw.output_index, next(drawn)) for _ in draw.choices]) for draw in draws]
@@ -49,6 +48,11 @@ def sample(logits: Tensor, draws: Sequence[Draw], backend: Backend) -> list[tupl
     ]
     tokens = iter(zip(token_ids, _likelihoods(logits, asked, backend), strict=True))
     return [tuple(_token(draw.output_index, *next(tokens)) for _ in draw.choices) for draw in draws]
+
+
+def token_draws(draws: Sequence[Draw]) -> list[TokenDraw]:
+    """One for each choice of each draw, from the row of the draw's number."""
+    return [_token_draw(row, draw, choice) for row, draw in enumerate(draws) for choice in draw.choices]
 
 
 def score(logits: Tensor, targets: Sequence[Target], backend: Backend) -> list[PromptToken]:

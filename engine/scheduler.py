@@ -86,6 +86,21 @@ class Scheduler:
         self._queued.pop(sequence.sequence_id, None)
         self._num_held_tokens.pop(sequence.sequence_id, None)
 
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences that run, in order."""
+        return tuple(self._running)
+
+    @property
+    def in_flight(self) -> tuple[Sequence, ...]:
+        """Those that the applied step has slices of, in the slices' order."""
+        return tuple([part.sequence for part in self._in_flight])
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a sequence waits for its turn, or for blocks."""
+        return bool(self._waiting)
+
     def snapshot(self, pacer: StepPacer, *, num_granted: int) -> Snapshot:
         """What `schedule` decides from."""
         return Snapshot(

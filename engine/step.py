@@ -67,12 +67,49 @@ class SliceResult(NamedTuple):
     prompt_tokens: tuple[PromptToken, ...] = ()
 
 
+class StepInFlight(Protocol):
+    """A step that was begun and is computed beside the engine thread, which must finish or discard it."""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether its turn has come and it is not computed: it was held, or what it follows brought no tokens."""
+
+    def finish(self) -> list[SliceResult] | None:
+        """Returns the results, in order; None when it was not computed to its end, and is to be run instead."""
+
+    def discard(self) -> None:
+        """Returns when nothing of it is computed any more; its results are not wanted."""
+
+
+class Following(NamedTuple):
+    """A step's slices begin where `step` ends: slice i computes the token that slice `slices[i]` of `step` draws.
+
+    `step` was begun last before. What the slices have as their token ids is not read.
+    """
+
+    step: StepInFlight
+    slices: tuple[int, ...]
+
+
 class Runner(Protocol):
     """Computes steps. The real one is `engine.runner.ModelRunner`; `engine.fake.FakeRunner` ships for tests."""
 
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
-        """Writes the slices' KV and returns their results, in order.
+        """Writes the slices' KV and returns their results, in order. No other step is in flight.
 
         Running the same slices again writes the same bytes, so a step that raised may be repeated in parts. Engine
         thread.
         """
+
+    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
+        """Begins what `run` does and returns at once; None, and nothing has begun, where that cannot be.
+
+        For slices of one token that draw one, without penalties, log-probabilities or copies. Steps are computed one
+        after another, in the order in which they are begun; at most two are in flight. Engine thread.
+        """
+
+    def hold(self) -> None:
+        """From now on no step is computed that follows another, unless it is under way. Any thread."""
+
+    def go_on(self) -> None:
+        """Ends `hold`."""

@@ -1,7 +1,8 @@
 """The one thread that touches an engine, and the way in for all others.
 
-Commands are carried out between steps, in the order in which they were submitted. With nothing to do the thread sleeps
-on a condition; commands and `wake` end the sleep. It must never spin, and never end without saying why.
+Commands are carried out between steps, in the order in which they were submitted; the kernels may have gone on by then
+to the next token of every stream. With nothing to do the thread sleeps on a condition; commands and `wake` end the
+sleep. It must never spin, and never end without saying why.
 """
 
 import logging
@@ -47,7 +48,7 @@ class EngineThread:
     ) -> None:
         """The thread, and those that it starts to compute, keep to `cpus`, or where that is empty to the process's."""
         self._engine = engine
-        """Engine thread only, once started."""
+        """Engine thread only, once started, but for `hold`."""
         self._on_output = on_output
         self._on_failure = on_failure
         self._cpus = cpus
@@ -92,14 +93,15 @@ class EngineThread:
         self._drop_commands()
 
     def submit(self, command: Callable[[Engine], None]) -> None:
-        """Has `command` carried out before the next step. Dropped when the loop is over: there is no engine to command.
+        """Has `command` carried out between two steps. Dropped when the loop is over: there is no engine to command.
 
         A StaffettaError that it raises is logged; anything else is a defect and ends the loop.
         """
         self._enqueue(_Command(lambda engine: _run_logged(command, engine), lambda: None))
 
     def call(self, function: Callable[[Engine], T]) -> "Future[T]":
-        """Has `function` carried out before the next step; its result or exception is in the future.
+        """Has `function` carried out before the next step; its result or exception is in the future. A step that has
+        been planned ahead, and is not begun, makes way for it.
 
         The future fails with UnavailableError when the loop is over, or ends before it came to this.
         """
@@ -123,6 +125,7 @@ class EngineThread:
                 future.set_exception(UnavailableError("the engine of this worker has stopped: retry on another worker"))
 
         self._enqueue(_Command(run, drop))
+        self._engine.hold()
         return future
 
     def wake(self) -> None:
@@ -130,6 +133,7 @@ class EngineThread:
         with self._condition:
             self._is_woken = True
             self._condition.notify()
+        self._engine.hold()
 
     def _enqueue(self, command: _Command) -> None:
         with self._condition:
@@ -144,7 +148,10 @@ class EngineThread:
         try:
             if self._cpus:
                 os.sched_setaffinity(0, self._cpus)  # this thread's
-            self._loop()
+            try:
+                self._loop()
+            finally:
+                self._engine.close()
         except BaseException as error:
             log.critical("the engine thread failed", exc_info=error)
             with self._condition:
@@ -156,6 +163,7 @@ class EngineThread:
     def _loop(self) -> None:
         while True:
             self._num_turns += 1
+            self._engine.go_on()  # whatever asked to hold has been put down by now
             with self._condition:
                 commands = list(self._commands)
                 self._commands.clear()

@@ -1,7 +1,7 @@
 """The engine thread: order, sleep, waking, ends."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -13,7 +13,8 @@ from engine.fake import FakeRunner, FakeSource, expected_tokens
 from engine.request import FinishReason, RequestId, StepOutput
 from engine.thread import EngineThread
 from staffetta.errors import InvalidRequestError, UnavailableError
-from tests.engine.making import BLOCK_SIZE, make_engine, make_hasher, make_limits, make_request
+from tests.engine.background import BackgroundFakeRunner
+from tests.engine.making import BLOCK_SIZE, make_engine, make_hasher, make_limits, make_request, make_sampling
 
 TIMEOUT_S = 20.0
 
@@ -55,6 +56,64 @@ def test_a_request_added_from_another_thread_is_served_on_the_engine_thread() ->
     assert receiver.tokens == [token.token_id for token in expected_tokens(request)]
     assert receiver.threads == {"the-engine"}
     assert not thread.is_alive and thread.failure is None
+
+
+class GatedRunner(BackgroundFakeRunner):
+    """Its driver has a step to do only when `gate` was opened once more, after whatever came to the engine thread."""
+
+    def __init__(self) -> None:
+        super().__init__(block_size=BLOCK_SIZE, is_prompt=lambda: False)
+        self.gate = threading.Semaphore(0)
+        self.has_computed = threading.Semaphore(0)
+
+    def about_to_return(self) -> None:
+        self.has_computed.release()
+        assert self.gate.acquire(timeout=TIMEOUT_S)
+        if self.in_flight:
+            self.in_flight[0].compute()
+
+
+@pytest.mark.parametrize("way_in", ["call", "wake"])
+def test_news_for_the_engine_is_taken_in_before_a_step_that_was_only_planned_ahead(way_in: str) -> None:
+    runner = GatedRunner()
+    engine = Engine(runner, num_blocks=32, hasher=make_hasher(), limits=make_limits())
+    receiver = Receiver()
+    request = make_request("a", sampling=make_sampling(max_tokens=4))
+    ways_in: dict[str, Callable[[EngineThread], object]] = {
+        "call": lambda thread: thread.call(lambda e: e.counts()),
+        "wake": EngineThread.wake,
+    }
+    with running(EngineThread(engine, on_output=receiver)) as thread:
+        thread.call(lambda e: e.add(request)).result(TIMEOUT_S)
+        for num_ahead in (0, 1):  # the prompt's step is followed by none
+            assert runner.has_computed.acquire(timeout=TIMEOUT_S)
+            assert runner.num_ahead == num_ahead
+            if num_ahead:
+                planned = runner.in_flight[0]
+                ways_in[way_in](thread)
+            runner.gate.release()
+        runner.gate.release(10)
+        assert receiver.ended.wait(TIMEOUT_S)
+    assert planned.is_refused and not runner.is_held
+    assert receiver.tokens == [token.token_id for token in expected_tokens(request)]
+
+
+def test_a_loop_that_ends_leaves_no_step_in_flight() -> None:
+    runner = BackgroundFakeRunner(block_size=BLOCK_SIZE)
+    engine = Engine(runner, num_blocks=32, hasher=make_hasher(), limits=make_limits())
+    num_in_flight: list[int] = []
+    failed = threading.Event()
+
+    def on_output(_: StepOutput) -> None:
+        num_in_flight.append(len(runner.in_flight))
+        if num_in_flight[-1]:
+            raise RuntimeError("the receiver broke")
+
+    thread = EngineThread(engine, on_output=on_output, on_failure=lambda _: failed.set())
+    with running(thread):
+        thread.call(lambda e: e.add(make_request("a"))).result(TIMEOUT_S)
+        assert failed.wait(TIMEOUT_S)
+    assert num_in_flight == [0, 1] and not runner.in_flight
 
 
 def test_a_refusal_comes_back_through_the_future_and_the_thread_lives() -> None:

@@ -5,7 +5,7 @@ equality. Every variant proves from the steps it ran that its condition occurred
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from engine.engine import Engine
 from engine.model_config import ModelConfig
 from engine.request import Request, RequestId, RequestKind, SequenceOutput
 from engine.runner import ModelRunner, load_runner
-from engine.step import SequenceSlice, SliceResult
+from engine.step import Following, SequenceSlice, SliceResult, StepInFlight
 from kernels.backend import WeightFormat
 from kvtransfer.layout import KVDtype
 from staffetta.hashing import BlockHasher
@@ -39,13 +39,29 @@ class CountingRunner:
         self._runner = runner
         self.num_slices: list[int] = []
         self.longest: list[int] = []
-        self.num_copies = 0
+        self.num_copies = self.num_ahead = 0
 
     def run(self, slices: tuple[SequenceSlice, ...]) -> list[SliceResult]:
+        self._count(slices)
+        return self._runner.run(slices)
+
+    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
+        step = self._runner.begin(slices, follows=follows)
+        if step is not None:
+            self._count(slices)
+            self.num_ahead += follows is not None
+        return step
+
+    def hold(self) -> None:
+        self._runner.hold()
+
+    def go_on(self) -> None:
+        self._runner.go_on()
+
+    def _count(self, slices: tuple[SequenceSlice, ...]) -> None:
         self.num_slices.append(len(slices))
         self.longest.append(max(len(part.token_ids) for part in slices))
         self.num_copies += sum(part.copy is not None for part in slices)
-        return self._runner.run(slices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +202,20 @@ def test_tokens_and_logprobs_have_the_same_bits_however_they_are_computed(tmp_pa
     assert preempted.bits == alone
     assert preempted.num_preempted_forks > 0
     assert preempted.num_copied_blocks > 0
+    ahead = make_runner(model, dtype, stored, threads=2)
+    together_ahead, *alone_ahead = [
+        [without_logprobs(each) for each in group if not each.sampling.is_penalised]
+        for group in (requests, *([each] for each in each_choice))
+    ]
+    for group in (together_ahead, *alone_ahead):
+        assert run(ahead, group, max_batch_tokens=64).bits == run(runner, group, max_batch_tokens=64).bits
+    assert ahead.num_ahead > 60 and runner.num_ahead == 0
     torch.set_num_threads(threads_before)
+
+
+def without_logprobs(request: Request) -> Request:
+    """Steps of such requests are begun ahead, where there are threads for that."""
+    return replace(request, sampling=replace(request.sampling, num_logprobs=None, num_prompt_logprobs=None))
 
 
 def test_the_requests_are_of_every_kind() -> None:

@@ -1,0 +1,333 @@
+"""Steps begun ahead: when there is one, what commands and endings do to it, and that tokens are as without any."""
+
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from engine.engine import Engine
+from engine.fake import expected_tokens
+from engine.model_config import ModelConfig
+from engine.request import FinishReason, Request, RequestId
+from engine.runner import ModelRunner, load_runner
+from engine.step import Following, SequenceSlice, StepInFlight
+from staffetta import failpoint
+from staffetta.identity import model_digest
+from tests.engine import model_directory
+from tests.engine.background import BackgroundFakeRunner
+from tests.engine.making import (
+    BLOCK_SIZE,
+    make_hasher,
+    make_limits,
+    make_prefill,
+    make_request,
+    make_sampling,
+    reason,
+    run_to_end,
+    step,
+    token_ids,
+)
+
+
+def make_engine(
+    *, num_blocks: int = 32, max_sequences: int = 8, max_batch_tokens: int = 64
+) -> tuple[Engine, BackgroundFakeRunner]:
+    runner = BackgroundFakeRunner(block_size=BLOCK_SIZE)
+    limits = make_limits(max_sequences=max_sequences, max_batch_tokens=max_batch_tokens)
+    return Engine(runner, num_blocks=num_blocks, hasher=make_hasher(), limits=limits), runner
+
+
+def make_stream(name: str, *, max_tokens: int = 9, credit: int | None = None) -> Request:
+    return make_request(name, sampling=make_sampling(max_tokens=max_tokens), credit=credit)
+
+
+def expected_ids(request: Request) -> list[int]:
+    return [token.token_id for token in expected_tokens(request)]
+
+
+def test_streams_get_their_tokens_and_every_step_but_the_first_two_is_begun_ahead() -> None:
+    engine, runner = make_engine()
+    requests = [make_stream("a"), make_stream("b", max_tokens=5)]
+    for request in requests:
+        engine.add(request)
+    outputs = run_to_end(engine)
+    assert [token_ids(outputs[each.request_id]) for each in requests] == [expected_ids(each) for each in requests]
+    # The prompts' step draws the first of nine tokens, the second follows none.
+    assert runner.num_ahead == 7 and runner.num_runs == 9
+    assert not runner.in_flight and engine.counts().held_blocks == 0
+
+
+def test_a_length_is_known_ahead_and_nothing_is_computed_in_vain() -> None:
+    engine, runner = make_engine()
+    engine.add(make_stream("a", max_tokens=4))
+    run_to_end(engine)
+    assert runner.num_runs == 4
+
+
+def test_credit_is_counted_ahead() -> None:
+    engine, runner = make_engine()
+    request = make_stream("a", credit=4)
+    engine.add(request)
+    outputs = run_to_end(engine)
+    assert token_ids(outputs["a"]) == expected_ids(request)[:4] and runner.num_runs == 4
+    engine.grant(RequestId("a"), 0, 10)
+    assert token_ids(run_to_end(engine)["a"]) == expected_ids(request)[4:]
+
+
+@pytest.mark.parametrize("is_prompt", [True, False], ids=["written at once", "written late"])
+def test_a_stop_token_ends_a_stream_that_is_being_computed_further(is_prompt: bool) -> None:
+    engine, runner = make_engine(num_blocks=6)
+    runner.is_prompt = lambda: is_prompt
+    prompt, longer = range(2, 9), make_stream("b", max_tokens=12)
+    first = expected_ids(make_request("x", prompt))
+    assert first[3] not in first[:3]
+    engine.add(make_request("a", prompt, sampling=make_sampling(max_tokens=9, stop=frozenset(first[3:4]))))
+    engine.add(longer)
+    outputs = run_to_end(engine)
+    assert reason(outputs["a"]) is FinishReason.STOP and token_ids(outputs["a"]) == first[:4]
+    assert token_ids(outputs["b"]) == expected_ids(longer)
+    assert engine.counts().held_blocks == 0
+
+
+def test_a_step_for_nobody_is_discarded_before_the_engine_sleeps() -> None:
+    engine, runner = make_engine()
+    engine.add(make_stream("a"))
+    step(engine), step(engine)
+    assert len(runner.in_flight) == 1
+    engine.cancel(RequestId("a"))
+    engine.check_integrity()
+    assert step(engine)["a"].finish_reason is FinishReason.CANCELLED
+    assert not runner.in_flight and engine.step() is None and engine.counts().held_blocks == 0
+
+
+def test_a_cancelled_streams_slice_is_thrown_away_and_the_others_go_on() -> None:
+    engine, runner = make_engine()
+    other = make_stream("b")
+    engine.add(make_stream("a"))
+    engine.add(other)
+    first = [step(engine), step(engine)]
+    engine.cancel(RequestId("a"))
+    rest = run_to_end(engine)
+    assert [each.finish_reason for each in rest["a"]] == [FinishReason.CANCELLED]
+    assert token_ids([outputs["b"] for outputs in first] + rest["b"]) == expected_ids(other)
+    assert runner.num_ahead == 7
+
+
+def test_a_request_that_comes_with_a_hold_joins_the_very_next_step() -> None:
+    engine, runner = make_engine()
+    runner.is_prompt = lambda: False  # the driver has not come to the next step when the news arrives
+    engine.add(make_stream("a"))
+    step(engine)
+    step(engine)
+    engine.hold()
+    runner.in_flight[0].compute()
+    engine.go_on()
+    engine.add(make_stream("b"))
+    assert set(step(engine)) == {"a", "b"}
+
+
+def test_a_request_that_comes_while_the_next_step_is_under_way_joins_the_one_after() -> None:
+    engine, _ = make_engine()
+    requests = [make_stream("a"), make_stream("b")]
+    engine.add(requests[0])
+    step(engine)
+    step(engine)
+    engine.add(requests[1])
+    assert set(step(engine)) == {"a"}
+    assert set(step(engine)) == {"a", "b"}
+
+
+def test_no_step_is_begun_ahead_while_somebody_waits() -> None:
+    engine, runner = make_engine(max_sequences=1)
+    engine.add(make_stream("a"))
+    engine.add(make_stream("b"))
+    for _ in range(5):
+        assert set(step(engine)) == {"a"}
+    assert runner.num_ahead == 0
+
+
+def test_no_step_is_begun_ahead_while_the_applied_one_leaves_somebody_out() -> None:
+    engine, runner = make_engine(max_batch_tokens=1)
+    engine.add(make_request("a", (5,), sampling=make_sampling(max_tokens=9), credit=2))
+    step(engine), step(engine)
+    engine.add(make_request("b", (6,), sampling=make_sampling(max_tokens=9)))
+    step(engine), step(engine)
+    engine.grant(RequestId("a"), 0, 10)
+    step(engine)  # of b, begun before the grant
+    num_ahead = runner.num_ahead
+    for _ in range(4):
+        assert set(step(engine)) == {"a"}
+    assert runner.num_ahead == num_ahead
+
+
+def test_a_prompt_of_one_token_for_several_choices_is_not_begun() -> None:
+    engine, _ = make_engine()
+    stream = make_stream("a")
+    engine.add(stream)
+    step(engine), step(engine)
+    engine.add(make_request("b", (5,), choices=(0, 1)))
+    assert token_ids(run_to_end(engine)["a"]) == expected_ids(stream)[2:]  # and the runner found nothing to complain of
+
+
+def test_no_step_is_begun_ahead_that_would_have_to_take_blocks_from_somebody(caplog: pytest.LogCaptureFixture) -> None:
+    engine, _ = make_engine(num_blocks=5)
+    requests = [make_stream("a", max_tokens=8), make_stream("b", max_tokens=8)]
+    for request in requests:
+        engine.add(request)
+    outputs = run_to_end(engine)
+    assert [token_ids(outputs[each.request_id]) for each in requests] == [expected_ids(each) for each in requests]
+    assert any(each.stats is not None and each.stats.num_preemptions for each in outputs["b"])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        make_request("a", sampling=make_sampling(presence_penalty=0.5)),
+        make_request("a", sampling=make_sampling(num_logprobs=0)),
+    ],
+    ids=["penalties", "log-probabilities"],
+)
+def test_no_step_is_begun_ahead_for_what_needs_more_than_the_token(request_: Request) -> None:
+    engine, runner = make_engine()
+    engine.add(request_)
+    engine.add(make_stream("b"))
+    outputs = run_to_end(engine)
+    assert token_ids(outputs["a"]) == expected_ids(request_)
+    assert runner.num_ahead == 3  # of the other, once it is alone
+
+
+def test_a_prefill_ends_its_part_and_the_stream_beside_it_goes_on() -> None:
+    engine, runner = make_engine()
+    stream = make_stream("a")
+    engine.add(stream)
+    engine.add(make_prefill("p", range(1)))
+    outputs = run_to_end(engine)
+    assert token_ids(outputs["a"]) == expected_ids(stream) and len(token_ids(outputs["p"])) == 1
+    engine.release(RequestId("p"))
+    assert engine.counts().held_blocks == 0 and runner.num_ahead == 7
+
+
+def test_a_slice_that_fails_ahead_ends_its_own_request_alone() -> None:
+    engine, runner = make_engine()
+    other = make_stream("b")
+    engine.add(make_stream("a"))
+    engine.add(other)
+    first = [step(engine), step(engine)]
+    runner.is_prompt = lambda: False
+    runner.failing.add(RequestId("a"))
+    rest = run_to_end(engine)
+    assert reason(rest["a"]) in (FinishReason.ERROR, FinishReason.LENGTH)
+    assert token_ids([outputs["b"] for outputs in first] + rest["b"]) == expected_ids(other)
+    assert engine.counts().held_blocks == 0
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["the first", "one that follows"])
+def test_a_step_that_cannot_be_begun_is_run(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runner = make_engine()
+    begin = runner.begin
+
+    def refuse(slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
+        if is_first == (follows is None):
+            raise ValueError("a slice without tokens")
+        return begin(slices, follows=follows)
+
+    monkeypatch.setattr(runner, "begin", refuse)
+    request = make_stream("a")
+    engine.add(request)
+    assert token_ids(run_to_end(engine)["a"]) == expected_ids(request)
+    assert not runner.in_flight and runner.num_ahead == 0
+
+
+def test_a_turn_that_is_broken_off_leaves_nothing_in_flight_and_is_made_up_for() -> None:
+    engine, runner = make_engine()
+    request = make_stream("a")
+    engine.add(request)
+    first = [step(engine), step(engine)]
+    failpoint.arm(("engine.step:raise:1",))
+    try:
+        with pytest.raises(failpoint.FailpointError):
+            engine.step()
+    finally:
+        failpoint.arm(())
+    engine.check_integrity()
+    assert not runner.in_flight
+    assert token_ids([outputs["a"] for outputs in first] + run_to_end(engine)["a"]) == expected_ids(request)
+
+
+def test_closing_leaves_nothing_in_flight() -> None:
+    engine, runner = make_engine()
+    engine.add(make_stream("a"))
+    step(engine), step(engine)
+    engine.close()
+    assert not runner.in_flight
+
+
+def make_model_engine(path: Path) -> tuple[Engine, ModelRunner]:
+    """An engine whose kernels have a driver: they compute on two threads."""
+    config, num_blocks = ModelConfig.from_directory(path), 64
+    layout = config.kv_layout(block_size=BLOCK_SIZE, dtype="float32", model_digest=model_digest(path))
+    pool = memoryview(bytearray(layout.page_bytes * num_blocks))
+    runner = load_runner(path, config, layout, pool=pool, num_blocks=num_blocks, threads=2, device="cpu")
+    return Engine(runner, num_blocks=num_blocks, hasher=make_hasher(), limits=make_limits()), runner
+
+
+def serve(engine: Engine, seed: int) -> dict[tuple[str, int], tuple[int, ...]]:
+    """Requests of all kinds that come, and are cancelled, at turns that `seed` says; tokens by request and choice."""
+    random = Random(seed)
+    names: list[RequestId] = []
+    tokens: dict[tuple[str, int], tuple[int, ...]] = {}
+    for turn in range(120):
+        engine.go_on()
+        if turn < 60 and random.random() < 0.15:
+            sampling = replace(
+                model_directory.make_sampling(num_logprobs=random.choice([None, None, None, 0])),
+                temperature=random.choice([0.0, 0.9]),
+                seed=turn,
+                max_tokens=random.randrange(1, 24),
+                stop_token_ids=frozenset(random.sample(range(97), 4)),
+                presence_penalty=random.choice([0.0, 0.0, 0.0, 0.7]),
+            )
+            prompt = tuple(random.randrange(97) for _ in range(random.randrange(1, 30)))
+            choices = random.choice([(0,), (0,), (0, 2)])
+            names.append(RequestId(f"r{turn}"))
+            engine.add(make_request(names[-1], prompt, sampling=sampling, choices=choices))
+        if random.random() < 0.05 and names:
+            engine.cancel(random.choice(names))
+        output = engine.step()
+        engine.check_integrity()
+        for each in () if output is None else output.outputs:
+            key = str(each.request_id), each.choice_index
+            tokens[key] = tokens.get(key, ()) + tuple(token.token_id for token in each.tokens)
+    engine.close()
+    assert not engine.has_work()
+    return tokens
+
+
+def test_the_kernels_give_the_tokens_that_they_give_without_a_step_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model_directory.make_model_directory(tmp_path / "model")
+    num_ahead = 0
+    begin = ModelRunner.begin
+
+    def counted(
+        self: ModelRunner, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None
+    ) -> StepInFlight | None:
+        nonlocal num_ahead
+        num_ahead += follows is not None
+        return begin(self, slices, follows=follows)
+
+    monkeypatch.setattr(ModelRunner, "begin", counted)
+    seeds = range(6)
+    with_ahead = [serve(make_model_engine(path)[0], seed) for seed in seeds]
+    assert num_ahead > 60, "steps that are never begun ahead prove nothing"
+    monkeypatch.setattr(ModelRunner, "begin", lambda *_, **__: None)
+    for seed, ahead in zip(seeds, with_ahead, strict=True):
+        plain = serve(make_model_engine(path)[0], seed)
+        assert ahead.keys() == plain.keys()
+        # A request may join a step later, and so be cancelled a token earlier.
+        lengths = [(len(ahead[key]), len(plain[key])) for key in plain]
+        assert sum(one != other for one, other in lengths) <= 2
+        assert all(ahead[key][: len(plain[key])] == plain[key][: len(ahead[key])] for key in plain)
