@@ -171,7 +171,8 @@ template <class Type>
 void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
   const int64_t bytes = most(block.padded_dim * KeysOf<Type>::kBytes, kLine);
   touch(next);
-  Fetched fetched{{rows.values, rows.value_bytes, bytes}, {next.keys, next.key_bytes, bytes}};
+  Fetched fetched{{rows.values, rows.value_bytes, bytes, rows.keys[kStripes - 1]},
+                  {next.keys, next.key_bytes, bytes, rows.values[kStripes - 1]}};
   turn_keys<KeysOf<Type>>(rows, bytes, tiles.keys, fetched.values);
   for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
     const int64_t begin = block.strip_begin(strip);
