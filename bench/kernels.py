@@ -128,7 +128,7 @@ class _Cell:
 def measure_kernels(
     backend: Backend, *, names: Sequence[str], stored: Sequence[Stored], seconds: float
 ) -> list[KernelResult]:
-    """Measures every cell for about `seconds`, and as long again its limit, with as many threads as torch has."""
+    """Measures every cell for about `seconds`, and its limit in between, with as many threads as torch has."""
     read = partial(read_rate, huge_pages(READ_BYTES))
     results: list[KernelResult] = []
     for name in names:

@@ -65,8 +65,9 @@ class News:
         return event
 
     def send(self) -> None:
-        """Queues the messages, which may be none; once."""
-        for message in self._messages:
+        """Queues the messages, which may be none."""
+        messages, self._messages = self._messages, []
+        for message in messages:
             self._session.pipe.send(message)
 
 

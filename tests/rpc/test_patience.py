@@ -201,3 +201,14 @@ async def test_a_read_that_ends_otherwise_when_it_is_cancelled_leaves_nobody_can
     assert task.cancelling() == 0
     assert await patience.wait(last_when_cancelled, limit_s=0.01) == "last"
     assert task.cancelling() == 0
+
+
+@in_loop
+async def test_a_second_read_at_a_time_is_refused_and_the_first_goes_on() -> None:
+    patience, answer = Patience(), asyncio.Event()
+    waiting = await begun(patience.wait(answer.wait, limit_s=LONG_S))
+    with pytest.raises(RuntimeError, match="a read waits already"):
+        await patience.wait(soon, limit_s=LONG_S)
+    answer.set()
+    assert await waiting is True
+    assert await patience.wait(soon, limit_s=LONG_S) == "soon"

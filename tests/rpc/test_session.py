@@ -276,6 +276,27 @@ async def test_why_a_session_ended_is_told_and_not_what_its_end_did_to_a_write()
 
 
 @in_loop
+async def test_a_session_whose_consumer_is_done_ends_well_whatever_becomes_of_a_write() -> None:
+    for _ in range(20):  # both end in one turn of the loop
+        call_ends = asyncio.Event()
+
+        async def consume() -> None:
+            await call_ends.wait()  # noqa: B023 (of this session)
+
+        async def write(_: Message) -> None:
+            await call_ends.wait()  # noqa: B023
+            raise asyncio.CancelledError
+
+        pipe: Pipe = SessionPipe(Wire().incoming.get, write, heartbeat_s=5.0)
+        pipe.send(make_message())
+        async with running(pipe, consume) as task:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            call_ends.set()
+            await task
+
+
+@in_loop
 async def test_an_exception_of_the_heartbeat_comes_out_unwrapped() -> None:
     def make() -> Message:
         raise LookupError("no engine")

@@ -32,8 +32,11 @@ class Patience:
     async def wait(self, read: Callable[[], Awaitable[T]], *, limit_s: float) -> T:
         """Awaits `read()`. Cancels it and raises TimeoutError when that takes longer than `limit_s`.
 
-        What a read that is cancelled returns or raises instead comes out as it is.
+        What a read that is cancelled returns or raises instead comes out as it is. Raises RuntimeError, and reads
+        nothing, while another read waits.
         """
+        if self._reader is not None:
+            raise RuntimeError("a read waits already: one that had too little patience would be ended in its place")
         loop = asyncio.get_running_loop()
         reader = asyncio.current_task()
         assert reader is not None, "a coroutine is run by a task"

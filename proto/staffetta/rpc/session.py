@@ -118,11 +118,11 @@ class SessionPipe(Generic[In, Out]):
         try:
             done, _ = await asyncio.wait([*tasks, writer], return_when=asyncio.FIRST_COMPLETED)
             # Why the session ends, before what its end did to a message that was being written.
-            for task in filter(done.__contains__, [*tasks, writer]):
+            for task in [task for task in tasks if task in done] or [writer]:
                 if task.cancelled():
-                    # By nobody here: gRPC raises CancelledError from a write under way when its call is cancelled, as
-                    # a read does that has waited for too long. Passed on, it would end our owner, who would serve on.
-                    raise WorkerLostError("the call was cancelled, because its peer was silent for too long")
+                    # By nobody here: gRPC raises CancelledError from a write under way when its call is cancelled, as a
+                    # read does that has waited for too long. Passed on, it would end our owner, who would serve on.
+                    raise WorkerLostError("the session's call was cancelled")
                 task.result()
         finally:
             for task in tasks:
