@@ -103,7 +103,7 @@ class StepAhead:
         need for it then.
         """
         scheduler = self._scheduler
-        if scheduler.has_waiting or not all(map(_only_generates, slices)):
+        if scheduler.has_joining or not all(map(_only_generates, slices)):
             return {}
         sequences = scheduler.in_flight
         computed = {sequence.sequence_id for sequence in sequences}

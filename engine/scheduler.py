@@ -97,9 +97,9 @@ class Scheduler:
         return tuple([part.sequence for part in self._in_flight])
 
     @property
-    def has_waiting(self) -> bool:
-        """Whether a sequence waits for its turn, or for blocks."""
-        return bool(self._waiting)
+    def has_joining(self) -> bool:
+        """Whether a sequence waits for its turn, or for blocks. One that waits for its receiver's grant does not."""
+        return any(each.state is SequenceState.AWAITING_KV or not each.is_paused for each in self._waiting)
 
     def snapshot(self, pacer: StepPacer, *, num_granted: int) -> Snapshot:
         """What `schedule` decides from."""

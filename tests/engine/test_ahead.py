@@ -147,6 +147,17 @@ def test_no_step_is_begun_ahead_while_somebody_waits() -> None:
     assert runner.num_ahead == 0
 
 
+def test_a_request_that_waits_for_its_first_grant_keeps_no_step_from_being_begun_ahead() -> None:
+    engine, runner = make_engine()
+    paused = make_stream("p", credit=0)
+    engine.add(paused)
+    engine.add(make_stream("a"))
+    run_to_end(engine)
+    assert runner.num_ahead == 7 and engine.counts().num_waiting == 1
+    engine.grant(RequestId("p"), 0, 9)
+    assert token_ids(run_to_end(engine)["p"]) == expected_ids(paused)
+
+
 def test_no_step_is_begun_ahead_while_the_applied_one_leaves_somebody_out() -> None:
     engine, runner = make_engine(max_batch_tokens=1)
     engine.add(make_request("a", (5,), sampling=make_sampling(max_tokens=9), credit=2))
