@@ -12,7 +12,7 @@ step only in turns of the engine that come after this step's end.
 import logging
 from typing import NamedTuple
 
-from engine.cache.pool import BlockPool
+from engine.cache.pool import BlockPool, IntegrityError
 from engine.planning import PlannedSlice, StepPlan
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState
@@ -65,7 +65,7 @@ class StepAhead:
         """Computes the applied step: the one under way, or one that only generates. Begins the next before it waits.
 
         None for any other step, and where computing failed: it is to be run in the ordinary way, which says whose
-        failure it is.
+        failure it is. Raises IntegrityError for a contradiction in the books, with nothing in flight.
         """
         begun, self._begun = self._begun, None
         step = None if begun is None else begun.step
@@ -81,7 +81,7 @@ class StepAhead:
             if step is not None:
                 step.discard()
             self.discard()
-            if not isinstance(error, Exception):
+            if isinstance(error, IntegrityError) or not isinstance(error, Exception):
                 raise
             log.exception("a step that was begun raised")
             return None

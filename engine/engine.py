@@ -131,11 +131,16 @@ class Engine:
     def step(self) -> StepOutput | None:
         """Takes the source's news in, computes one step, and returns all that is new.
 
-        None says that nothing happened and nothing will before a command or news of the source.
+        None says that nothing happened and nothing will before a command or news of the source. When it raises, nothing
+        is computed any more.
         """
-        num_events = self._take_news_in()
-        plan = self._ahead.plan() or self._schedule()
-        outputs = self._compute(plan)
+        try:
+            num_events = self._take_news_in()
+            plan = self._ahead.plan() or self._schedule()
+            outputs = self._compute(plan)
+        except BaseException:
+            self._ahead.discard()
+            raise
         news, self._news = self._news, []
         if not (num_events or news or outputs or plan.leases or plan.preempted or plan.slices):
             return None
@@ -224,7 +229,6 @@ class Engine:
             self._pacer.observe(MeasuredStep.of(slices, self._computed_at - began))
         except BaseException:
             self._scheduler.rollback()
-            self._ahead.discard()
             raise
         committed = self._scheduler.commit(outcomes)
         return [output for sequence, outcome in committed for output in self._report(sequence, outcome)]

@@ -6,11 +6,14 @@ from random import Random
 
 import pytest
 
+from engine.cache.lease import BlockLease
+from engine.cache.pool import IntegrityError
 from engine.engine import Engine
 from engine.fake import expected_tokens
 from engine.model_config import ModelConfig
 from engine.request import FinishReason, Request, RequestId
 from engine.runner import ModelRunner, load_runner
+from engine.scheduler import Scheduler, SliceOutcome
 from engine.step import Following, SequenceSlice, StepInFlight
 from staffetta import failpoint
 from staffetta.identity import model_digest
@@ -265,6 +268,30 @@ def test_a_turn_that_is_broken_off_leaves_nothing_in_flight_and_is_made_up_for()
     engine.check_integrity()
     assert not runner.in_flight
     assert token_ids([outputs["a"] for outputs in first] + run_to_end(engine)["a"]) == expected_ids(request)
+
+
+@pytest.mark.parametrize("when", ["while it is begun", "at the commit"])
+def test_a_contradiction_in_the_books_ends_the_turn_with_nothing_in_flight(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runner = make_engine()
+    engine.add(make_stream("a"))
+    step(engine), step(engine)
+
+    errors = [IntegrityError("two owners of a block")]
+
+    def contradict(_: object, what: int | list[SliceOutcome]) -> None:
+        if what and errors:  # a lease is extended by no block, too
+            raise errors.pop()
+
+    if when == "at the commit":
+        monkeypatch.setattr(Scheduler, "commit", contradict)
+    else:
+        monkeypatch.setattr(BlockLease, "extend", contradict)
+    with pytest.raises(IntegrityError, match="two owners of a block"):
+        for _ in range(BLOCK_SIZE):  # one of these steps needs a block
+            engine.step()
+    assert not runner.in_flight
 
 
 def test_closing_leaves_nothing_in_flight() -> None:
