@@ -76,7 +76,7 @@ class StepAhead:
                 step = self._runner.begin(slices)
             if going_on and step is not None:
                 self._begin_after(step, going_on, tuple([numbers[i] for i in going_on]))
-            results = None if step is None else step.finish()
+            finished = None if step is None else step.finish()
         except BaseException as error:
             if step is not None:
                 step.discard()
@@ -85,10 +85,12 @@ class StepAhead:
                 raise
             log.exception("a step that was begun raised")
             return None
-        if results is None:
-            self.discard()
-            return None
-        return [results[number] for number in numbers]
+        wanted = [] if finished is None else [finished[number] for number in numbers]
+        results = [result for result in wanted if result is not None]
+        if len(results) == len(slices):
+            return results
+        self.discard()
+        return None
 
     def discard(self) -> None:
         """Ends the step that is under way, if there is one; nobody needs it any more."""

@@ -217,13 +217,15 @@ class _ModelStep:
         """Whether its turn has come and it is not computed."""
         return self.computing.is_refused
 
-    def finish(self) -> list[SliceResult] | None:
+    def finish(self) -> list[SliceResult | None] | None:
         """Returns the results, or None."""
         token_ids = self.computing.finish()
         if token_ids is None:
             return None
-        tokens = map(SampledToken, self._output_indices, token_ids)
-        return [SliceResult((token,)) for token in tokens]
+        return [
+            None if token_id < 0 else SliceResult((SampledToken(output_index, token_id),))
+            for output_index, token_id in zip(self._output_indices, token_ids, strict=True)
+        ]
 
     def discard(self) -> None:
         """Returns when nothing computes it any more."""

@@ -3,6 +3,7 @@
 What every stream has one of in every step is a named tuple, here and in `request`: it is made in a third of the time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -74,8 +75,11 @@ class StepInFlight(Protocol):
     def is_refused(self) -> bool:
         """Whether its turn has come and it is not computed: it was held, or what it follows brought no tokens."""
 
-    def finish(self) -> list[SliceResult] | None:
-        """Returns the results, in order; None when it was not computed to its end, and is to be run instead."""
+    def finish(self) -> Sequence[SliceResult | None] | None:
+        """Returns the results, in order, None for a slice whose token cannot be drawn.
+
+        None when it was not computed to its end. Slices without a result are to be run instead.
+        """
 
     def discard(self) -> None:
         """Returns when nothing of it is computed any more; its results are not wanted."""

@@ -20,7 +20,10 @@ class StepInFlight(Protocol):
         """Whether its turn has come and it is not computed: it was held, or what it follows brought no tokens."""
 
     def finish(self) -> list[int] | None:
-        """Helps computing it to the end, and returns the drawn tokens; None when it was not computed to its end."""
+        """Helps computing it to the end, and returns the drawn tokens; None when it was not computed to its end.
+
+        A token is less than 0 where none can be drawn.
+        """
 
     def discard(self) -> None:
         """Returns when nothing computes it any more."""

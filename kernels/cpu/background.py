@@ -74,11 +74,10 @@ class CpuStepInFlight:
             job.status, job.errand.is_done = Status.NOT_RUN, 1
 
     def finish(self) -> list[int] | None:
-        """Helps computing it to the end, and returns the drawn tokens; None when it was not computed to its end."""
+        """Helps computing it to the end, and returns the drawn tokens; None when it was not."""
         if self._library.staffetta_step_finish(byref(self._job)):
             return None
-        tokens = self._tokens.tolist()
-        return None if any(token < 0 for token in tokens) else tokens
+        return self._tokens.tolist()
 
     def discard(self) -> None:
         """Returns when nothing computes it any more: after the operation that it is at."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from engine.fake import FakeRunner
+from engine.request import RequestId
 from engine.step import Following, SequenceSlice, SliceResult, StepInFlight
 
 
@@ -22,7 +23,7 @@ class FakeStep:
         self._is_over = False
         self.is_refused = False
         self.next: FakeStep | None = None
-        self.results: list[SliceResult] | None = None
+        self.results: list[SliceResult | None] | None = None
 
     def compute(self) -> None:
         """Its turn has come."""
@@ -32,19 +33,24 @@ class FakeStep:
         if self._follows is not None:
             before = self._follows.step
             assert isinstance(before, FakeStep) and before._is_over, "a step is computed before the one that it follows"
-            if before.results is None or self._runner.is_held:
+            brought = before.results or [None] * len(before._slices)
+            drawn = [result.tokens for number in self._follows.slices if (result := brought[number]) is not None]
+            if len(drawn) < len(self._slices) or self._runner.is_held:
                 self.is_refused = True
                 return
-            drawn = [before.results[number].tokens[0].token_id for number in self._follows.slices]
             self._slices = tuple(
-                part._replace(token_ids=(token_id,)) for part, token_id in zip(self._slices, drawn, strict=True)
+                part._replace(token_ids=(tokens[0].token_id,)) for part, tokens in zip(self._slices, drawn, strict=True)
             )
         try:
-            self.results = FakeRunner.run(self._runner, self._slices)
+            results = FakeRunner.run(self._runner, self._slices)
         except RuntimeError:
-            self.results = None
+            return
+        self.results = [
+            None if part.request_id in self._runner.undrawable else result
+            for part, result in zip(self._slices, results, strict=True)
+        ]
 
-    def finish(self) -> list[SliceResult] | None:
+    def finish(self) -> list[SliceResult | None] | None:
         self.compute()
         self._runner.end(self)
         if self.next is not None and self._runner.is_prompt():
@@ -68,6 +74,8 @@ class BackgroundFakeRunner(FakeRunner):
         self.is_prompt = is_prompt
         self.is_held = False
         self.in_flight: list[FakeStep] = []
+        self.undrawable: set[RequestId] = set()
+        """Requests of which steps that are begun draw no token."""
         self.num_ahead = 0
         """Steps that were begun after another one."""
 

@@ -232,9 +232,29 @@ def test_a_slice_that_fails_ahead_ends_its_own_request_alone() -> None:
     runner.is_prompt = lambda: False
     runner.failing.add(RequestId("a"))
     rest = run_to_end(engine)
-    assert reason(rest["a"]) in (FinishReason.ERROR, FinishReason.LENGTH)
+    assert reason(rest["a"]) is FinishReason.ERROR
+    assert len(token_ids(rest["a"])) == 1  # of the step that was computed by then
     assert token_ids([outputs["b"] for outputs in first] + rest["b"]) == expected_ids(other)
     assert engine.counts().held_blocks == 0
+
+
+@pytest.mark.parametrize("is_over", [True, False], ids=["of one that is over", "of one that goes on"])
+def test_a_token_that_cannot_be_drawn_has_the_step_run_again_for_those_who_go_on(is_over: bool) -> None:
+    engine, runner = make_engine()
+    other = make_stream("b")
+    engine.add(make_stream("a"))
+    engine.add(other)
+    runner.is_prompt = lambda: False
+    first = [step(engine), step(engine)]
+    runner.undrawable.add(RequestId("a"))
+    if is_over:
+        engine.cancel(RequestId("a"))
+    num_runs = runner.num_runs
+    first.append(step(engine))
+    assert runner.num_runs == num_runs + (1 if is_over else 2)
+    runner.undrawable.clear()
+    rest = run_to_end(engine)
+    assert token_ids([outputs["b"] for outputs in first] + rest["b"]) == expected_ids(other)
 
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["the first", "one that follows"])

@@ -106,15 +106,19 @@ def test_threads_have_drivers_of_their_own() -> None:
 
 def test_a_step_may_follow_some_of_the_rows_in_another_order() -> None:
     model = make_model()
-    (first, second, *_), _ = in_calls(model)
+    (first, *_), _ = in_calls(model)
     pages, background = make_pages(), model.background()
     step = background.begin(make_batch(FIRST, 0), pages, make_draws(0))
     batch = make_batch([-1, -1], 1, sequences=(2, 0))
     after = background.begin(batch, pages, make_draws(1, count=2), follows=Following(step, (2, 0)))
     assert step.finish() == first
-    assert after.finish() is not None
+    drawn = after.finish()
     assert batch.token_ids.tolist() == [first[2], first[0]]
-    assert len(second) == 3
+    compute, in_calls_pages = model.backend.compile_step(model.definition), make_pages()
+    compute(make_batch(FIRST, 0), in_calls_pages)
+    logits, _ = compute(make_batch([first[2], first[0]], 1, sequences=(2, 0)), in_calls_pages)
+    assert drawn == model.backend.sample(logits, make_draws(1, count=2))
+    assert torch.equal(pages, in_calls_pages)
 
 
 def test_a_held_step_is_refused_and_nothing_is_written() -> None:
@@ -144,14 +148,21 @@ def test_a_step_that_computing_refuses_brings_nothing_and_is_not_followed() -> N
     assert after.finish() is None and after.is_refused
 
 
-def test_a_step_with_a_token_that_cannot_be_drawn_brings_nothing_and_is_not_followed() -> None:
-    background, pages = make_model().background(), make_pages()
+def test_a_step_with_a_token_that_cannot_be_drawn_brings_the_others_and_is_followed_by_those_alone() -> None:
+    model = make_model()
+    (first, *_), _ = in_calls(model)
+    background, pages = model.background(), make_pages()
     draws = make_draws(0)
     draws[1] = draws[1]._replace(banned=tuple(range(VOCABULARY)))
     step = background.begin(make_batch(FIRST, 0), pages, draws)
     after = follow(background, step, pages)
-    assert step.finish() is None
+    drawn = step.finish()
+    assert drawn is not None and drawn[1] < 0 and [drawn[0], drawn[2]] == [first[0], first[2]]
     assert after.finish() is None and after.is_refused
+    step = background.begin(make_batch(FIRST, 0), pages, draws)
+    batch = make_batch([-1, -1], 1, sequences=(0, 2))
+    after = background.begin(batch, pages, make_draws(1, count=2), follows=Following(step, (0, 2)))
+    assert step.finish() == drawn and after.finish() is not None and not after.is_refused
 
 
 def test_a_draw_of_a_row_that_is_not_there_brings_nothing() -> None:
