@@ -178,12 +178,12 @@ class ModelRunner:
         return _ModelStep(computing, [draw.output_index for draw in draws])
 
     def hold(self) -> None:
-        """From now on no step is computed that follows another, unless it is under way. Any thread."""
+        """No step that follows another and is begun before `go_on` is computed, unless it is under way. Any thread."""
         if self._background is not None:
             self._background.hold()
 
     def go_on(self) -> None:
-        """Ends `hold`."""
+        """Ends `hold`, for steps that are begun from now on."""
         if self._background is not None:
             self._background.go_on()
 
@@ -214,7 +214,7 @@ class _ModelStep:
 
     @property
     def is_refused(self) -> bool:
-        """Whether its turn has come and it is not computed."""
+        """Whether it is not computed when its turn comes, or was not."""
         return self.computing.is_refused
 
     def finish(self) -> list[SliceResult | None] | None:

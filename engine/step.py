@@ -73,7 +73,10 @@ class StepInFlight(Protocol):
 
     @property
     def is_refused(self) -> bool:
-        """Whether its turn has come and it is not computed: it was held, or what it follows brought no tokens."""
+        """Whether it is not computed when its turn comes, or was not: it is held, or what it follows brought no tokens.
+
+        Of one whose turn has not come, only a hold is known.
+        """
 
     def finish(self) -> Sequence[SliceResult | None] | None:
         """Returns the results, in order, None for a slice whose token cannot be drawn.
@@ -113,7 +116,7 @@ class Runner(Protocol):
         """
 
     def hold(self) -> None:
-        """From now on no step is computed that follows another, unless it is under way. Any thread."""
+        """No step that follows another and is begun before `go_on` is computed, unless it is under way. Any thread."""
 
     def go_on(self) -> None:
-        """Ends `hold`."""
+        """Ends `hold`, for steps that are begun from now on."""

@@ -17,7 +17,10 @@ class StepInFlight(Protocol):
 
     @property
     def is_refused(self) -> bool:
-        """Whether its turn has come and it is not computed: it was held, or what it follows brought no tokens."""
+        """Whether it is not computed when its turn comes, or was not: it is held, or what it follows brought no tokens.
+
+        Of one whose turn has not come, only a hold is known.
+        """
 
     def finish(self) -> list[int] | None:
         """Helps computing it to the end, and returns the drawn tokens; None when it was not computed to its end.
@@ -51,7 +54,7 @@ class BackgroundStep(Protocol):
         """Begins a step and returns at once. The batch asks for no scores."""
 
     def hold(self) -> None:
-        """From now on no step is computed that follows another, unless it is under way. Any thread."""
+        """No step that follows another and is begun before `go_on` is computed, unless it is under way. Any thread."""
 
     def go_on(self) -> None:
-        """Ends `hold`."""
+        """Ends `hold`, for steps that are begun from now on."""

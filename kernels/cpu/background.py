@@ -7,7 +7,7 @@ What a step reads and writes must stay where it is until the step is done, so a 
 from array import array
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_int32, pointer
-from itertools import cycle
+from itertools import count, cycle
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -28,27 +28,51 @@ _NUM_JOBS: Final = 3
 """Two in flight, and the one before them, whose tokens the first of them may not have read yet."""
 
 
+class _Holds:
+    """Every hold has a number of its own; a step that follows is held when there is one that its begin did not know.
+
+    It is so also when the driver looks only after `go_on`.
+    """
+
+    def __init__(self) -> None:
+        self.last = c_int32(0)
+        """The driver reads it, too."""
+        self.known = 0
+        self._numbers = count(1)
+
+    def hold(self) -> None:
+        """Any thread: a number that is written late is still another one."""
+        self.last.value = next(self._numbers)
+
+    def go_on(self) -> None:
+        """What was held for is about to be looked at."""
+        self.known = self.last.value
+
+
 class CpuStepInFlight:
     """A place for a step, and the step that has it. See `kernels.background.StepInFlight`."""
 
-    def __init__(self, backend: "CpuBackend", program: Program, held: c_int32) -> None:
+    def __init__(self, backend: "CpuBackend", program: Program, holds: _Holds) -> None:
         self._library = backend.library
         self._call = PreparedCall(program)
         self._logits: Tensor | None = None  # those that the job describes
         self._keep: tuple[object, ...] = ()
         self._tokens = self._sources = array("q")
+        self._holds = holds
         self._job = abi.StepJob(
             set=backend.isa,
             threads=backend.threads,
             program=pointer(program.description),
             call=pointer(self._call.description),
-            is_held=addressof(held),
+            num_holds=addressof(holds.last),
         )
 
     @property
     def is_refused(self) -> bool:
-        """Whether its turn has come and it is not computed."""
-        return bool(self._job.status == Status.NOT_RUN)
+        """Whether it is not computed when its turn comes, or was not."""
+        job, status = self._job, self._job.status
+        is_held = bool(job.before) and job.num_holds_known != self._holds.last.value
+        return bool(status == Status.NOT_RUN or (status == abi.NOT_BEGUN and is_held))
 
     def begin(self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None) -> None:
         """Has the step computed."""
@@ -69,7 +93,7 @@ class CpuStepInFlight:
                 raise TypeError(f"{follows.step!r} is no step of the compiled kernels")
             job.before = addressof(follows.step._job)
         self._keep = batch, pages, packed, token_ids
-        job.is_unwanted = 0
+        job.is_unwanted, job.num_holds_known = 0, self._holds.known
         if self._library.staffetta_step_begin(byref(job)):
             job.status, job.errand.is_done = Status.NOT_RUN, 1
 
@@ -94,8 +118,8 @@ class CpuBackgroundStep:
         logits = program.recording.results[0]
         if (logits.rows_of, logits.dtype) != (RowsOf.DRAWN, torch.float32):
             raise ValueError(f"tokens are drawn from the definition's first result, which has {logits}")
-        self._held = c_int32(0)
-        self._steps = cycle([CpuStepInFlight(backend, program, self._held) for _ in range(_NUM_JOBS)])
+        self._holds = _Holds()
+        self._steps = cycle([CpuStepInFlight(backend, program, self._holds) for _ in range(_NUM_JOBS)])
 
     def begin(
         self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None = None
@@ -106,9 +130,9 @@ class CpuBackgroundStep:
         return step
 
     def hold(self) -> None:
-        """From now on no step is computed that follows another, unless it is under way. Any thread."""
-        self._held.value = 1
+        """No step that follows another and is begun before `go_on` is computed, unless it is under way. Any thread."""
+        self._holds.hold()
 
     def go_on(self) -> None:
-        """Ends `hold`."""
-        self._held.value = 0
+        """Ends `hold`, for steps that are begun from now on."""
+        self._holds.go_on()

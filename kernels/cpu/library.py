@@ -54,6 +54,10 @@ class Status(IntEnum):
     NOT_RUN = 5
 
 
+NOT_BEGUN = -2
+"""In place of a status: a step's turn has not come."""
+
+
 class OperationKind(IntEnum):
     """What an operation of a step computes."""
 
@@ -206,7 +210,7 @@ class StepCall(Structure):
 class Errand(Structure):
     """See `team.h`."""
 
-    _fields_ = (("work", c_void_p), ("is_done", c_int32))
+    _fields_ = (("work", c_void_p), ("is_done", c_int32), ("driver", c_void_p))
 
 
 class StepJob(Structure):
@@ -221,7 +225,8 @@ class StepJob(Structure):
         ("draws", c_char_p),
         ("num_draws", c_int64),
         ("drawn_ids", c_char_p),
-        *((name, c_void_p) for name in ("tokens", "before", "sources", "token_ids", "is_held")),
+        *((name, c_void_p) for name in ("tokens", "before", "sources", "token_ids", "num_holds")),
+        ("num_holds_known", c_int32),
     )
 
 
@@ -238,6 +243,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "layer_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
     "rotate_and_write": (c_int32, (*_CALL, POINTER(RotateArguments), POINTER(Pages), c_int64)),
     "step": (c_int32, (*_CALL, POINTER(StepProgram), POINTER(StepCall))),
+    "step_job_bytes": (c_int64, ()),
     "step_begin": (c_int32, (POINTER(StepJob),)),
     "step_finish": (c_int32, (POINTER(StepJob),)),
     "log_softmax": (c_int32, (*_CALL, _MATRIX, _MATRIX)),
@@ -265,6 +271,8 @@ def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
         except AttributeError as error:
             raise BackendUnavailableError(f"the CPU kernels have no {name}, they are old: run `make setup`") from error
         function.restype, function.argtypes = result, arguments
+    if library.staffetta_step_job_bytes() != ctypes.sizeof(StepJob):
+        raise BackendUnavailableError("the CPU kernels have another layout of a step, they are old: run `make setup`")
     return library
 
 

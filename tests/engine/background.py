@@ -21,9 +21,18 @@ class FakeStep:
         self._slices = slices
         self._follows = follows
         self._is_over = False
-        self.is_refused = False
+        self._num_holds_known = runner.num_holds_known
+        self._was_refused = False
         self.next: FakeStep | None = None
         self.results: list[SliceResult | None] | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        return self._was_refused or (not self._is_over and self._is_held)
+
+    @property
+    def _is_held(self) -> bool:
+        return self._follows is not None and self._num_holds_known != self._runner.num_holds
 
     def compute(self) -> None:
         """Its turn has come."""
@@ -35,8 +44,8 @@ class FakeStep:
             assert isinstance(before, FakeStep) and before._is_over, "a step is computed before the one that it follows"
             brought = before.results or [None] * len(before._slices)
             drawn = [result.tokens for number in self._follows.slices if (result := brought[number]) is not None]
-            if len(drawn) < len(self._slices) or self._runner.is_held:
-                self.is_refused = True
+            if len(drawn) < len(self._slices) or self._is_held:
+                self._was_refused = True
                 return
             self._slices = tuple(
                 part._replace(token_ids=(tokens[0].token_id,)) for part, tokens in zip(self._slices, drawn, strict=True)
@@ -72,7 +81,7 @@ class BackgroundFakeRunner(FakeRunner):
     def __init__(self, *, block_size: int, is_prompt: Callable[[], bool] = lambda: True) -> None:
         super().__init__(block_size=block_size)
         self.is_prompt = is_prompt
-        self.is_held = False
+        self.num_holds = self.num_holds_known = 0
         self.in_flight: list[FakeStep] = []
         self.undrawable: set[RequestId] = set()
         """Requests of which steps that are begun draw no token."""
@@ -108,7 +117,7 @@ class BackgroundFakeRunner(FakeRunner):
             assert self.in_flight.pop(0) is step, "steps end in order"
 
     def hold(self) -> None:
-        self.is_held = True
+        self.num_holds += 1
 
     def go_on(self) -> None:
-        self.is_held = False
+        self.num_holds_known = self.num_holds

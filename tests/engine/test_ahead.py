@@ -117,14 +117,16 @@ def test_a_cancelled_streams_slice_is_thrown_away_and_the_others_go_on() -> None
     assert runner.num_ahead == 7
 
 
-def test_a_request_that_comes_with_a_hold_joins_the_very_next_step() -> None:
+@pytest.mark.parametrize("is_late", [True, False], ids=["the driver comes late", "the driver comes early"])
+def test_a_request_that_comes_with_a_hold_joins_the_very_next_step(is_late: bool) -> None:
     engine, runner = make_engine()
     runner.is_prompt = lambda: False  # the driver has not come to the next step when the news arrives
     engine.add(make_stream("a"))
     step(engine)
     step(engine)
     engine.hold()
-    runner.in_flight[0].compute()
+    if not is_late:
+        runner.in_flight[0].compute()
     engine.go_on()
     engine.add(make_stream("b"))
     assert set(step(engine)) == {"a", "b"}

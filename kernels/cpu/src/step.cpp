@@ -114,7 +114,7 @@ struct Step {
 
 // Puts the tokens of the step before into the numbers of one that follows it. False when it is not to be computed.
 bool follow(const StepJob& job) {
-  if (job.is_held->load() || job.before->status.load() != kOk) return false;
+  if (job.num_holds->load() != job.num_holds_known || job.before->status.load() != kOk) return false;
   for (int64_t row = 0; row < job.call->num_rows[kTokens]; ++row) {
     const int64_t token = job.before->tokens[job.sources[row]];
     if (token < 0) return false;
@@ -154,6 +154,9 @@ int32_t staffetta_step(int32_t set, int32_t threads, const StepProgram* program,
     if (const int32_t status = step.run(program->operations[number]); status != kOk) return status;
   return kOk;
 }
+
+// For whoever lays a job out in another language.
+int64_t staffetta_step_job_bytes() { return sizeof(StepJob); }
 
 // Has the calling thread's driver compute the step, and returns at once. Everything that the job points to must stay
 // until staffetta_step_finish has returned, and what it follows until it is begun.

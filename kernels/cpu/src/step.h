@@ -66,7 +66,7 @@ struct StepCall {
 // A step that a driver computes beside whoever began it, up to the tokens that are drawn from its logits.
 //
 // One that follows another takes its token ids from there, and so can be begun before that one has drawn any. It is not
-// computed when that one was not, or lacks a token, or when `is_held` is set by the time it is its turn.
+// computed when that one was not, or lacks a token, or when `num_holds` is another number by the time it is its turn.
 struct StepJob {
   Errand errand;
   std::atomic<int32_t> is_unwanted;  // may be set at any time: no further operation is begun
@@ -82,7 +82,8 @@ struct StepJob {
   const StepJob* before;     // the step that this one follows, or null
   const int64_t* sources;    // [num_rows[kTokens]]: which of its tokens
   int64_t* token_ids;        // [num_rows[kTokens]]: where they go
-  const std::atomic<int32_t>* is_held;
+  const std::atomic<int32_t>* num_holds;
+  int32_t num_holds_known;  // to whoever began it
 };
 
 enum JobStatus : int32_t { kNotBegun = -2, kBegun = -1 };  // and then a Status

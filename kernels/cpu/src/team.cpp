@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -202,6 +203,8 @@ class Team {
 thread_local std::unique_ptr<Team> team;
 thread_local Team* lent_team = nullptr;  // a driver's, in place of one of its own
 
+}  // namespace
+
 // A thread that carries out errands in order, with a team whose guest is whoever began them.
 class Driver {
  public:
@@ -230,7 +233,10 @@ class Driver {
     came_.notify_one();
   }
 
-  void finish(const Errand& errand) { team_.assist(errand.is_done); }
+  // Nothing happens in a forked child, where nobody carries it out.
+  void finish(const Errand& errand) {
+    if (process_ == getpid()) team_.assist(errand.is_done);
+  }
 
  private:
   void serve() {
@@ -255,6 +261,7 @@ class Driver {
     return errand;
   }
 
+  const pid_t process_ = getpid();
   Team team_{1};
   std::mutex mutex_;
   std::condition_variable came_;
@@ -263,6 +270,8 @@ class Driver {
   std::atomic<bool> is_over_{false};
   std::thread thread_;
 };
+
+namespace {
 
 thread_local std::unique_ptr<Driver> driver;
 
@@ -285,9 +294,10 @@ void run_on_team(int threads, void (*work)(void*), void* context) {
 void begin_beside(Errand& errand) {
   if (!driver) driver = std::make_unique<Driver>();
   errand.is_done.store(0);
-  driver->begin(errand);
+  errand.driver = driver.get();
+  errand.driver->begin(errand);
 }
 
 void finish_beside(const Errand& errand) {
-  if (driver) driver->finish(errand);
+  if (!errand.is_done.load()) errand.driver->finish(errand);
 }

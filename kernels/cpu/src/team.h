@@ -56,10 +56,13 @@ void share_loop(int threads, int64_t count, const F& f) {
 
 }  // namespace
 
+class Driver;
+
 // Work for a thread of its own, the driver. It must stay where it is until it is done.
 struct Errand {
   void (*work)(Errand&);
   std::atomic<int32_t> is_done;
+  Driver* driver;  // its thread's who began it
 };
 
 // Has the calling thread's driver carry the errand out after those begun before it, and returns. The driver lives as long
@@ -68,5 +71,6 @@ struct Errand {
 // when no thread can be started; then nothing has begun.
 void begin_beside(Errand& errand);
 
-// Takes part in the work that is under way until the errand is done. On the thread that began it.
+// Takes part in the work that is under way until the errand is done. On the thread that began it, or on another while
+// that one lives and is not in here itself. In a forked child it returns at once.
 void finish_beside(const Errand& errand);

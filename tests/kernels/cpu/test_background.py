@@ -136,6 +136,37 @@ def test_a_held_step_is_refused_and_nothing_is_written() -> None:
     assert step.finish() is not None and follow(background, step, pages).finish() is not None
 
 
+def test_a_hold_holds_although_it_is_over_before_the_driver_looks() -> None:
+    model = make_model()
+    (first, *_), _ = in_calls(model)
+    background, held = model.background(), 0
+    for _ in range(50):
+        pages = make_pages()
+        step = background.begin(make_batch(FIRST, 0), pages, make_draws(0))
+        after = follow(background, step, pages)
+        background.hold()
+        background.go_on()
+        is_refused = after.is_refused
+        assert step.finish() == first
+        assert is_refused or after.finish() is not None, "it was under way"
+        after.discard()
+        held += is_refused
+    assert held > 0, "the driver was early every time"
+
+
+def test_a_step_may_be_finished_and_discarded_by_another_thread() -> None:
+    model = make_model()
+    (first, *_), _ = in_calls(model)
+    background, pages = model.background(), make_pages()
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(20):
+            step = background.begin(make_batch(FIRST, 0), pages, make_draws(0))
+            assert pool.submit(step.finish).result() == first
+            step = background.begin(make_batch(FIRST, 0), pages, make_draws(0))
+            pool.submit(step.discard).result()
+            assert step.finish() in (first, None)
+
+
 def follow(background: BackgroundStep, step: StepInFlight, pages: Tensor) -> StepInFlight:
     return background.begin(make_batch([-1] * 3, 1), pages, make_draws(1), follows=Following(step, (0, 1, 2)))
 

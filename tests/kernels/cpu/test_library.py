@@ -26,6 +26,14 @@ def test_a_library_from_before_a_function_is_an_error_that_says_what_to_do(monke
         load()
 
 
+def test_a_library_with_another_layout_of_a_step_is_an_error_that_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "StepJob", library.StepCall)
+    with pytest.raises(BackendUnavailableError, match="another layout of a step, they are old: run `make setup`"):
+        load()
+
+
 def test_an_instruction_set_that_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "load", lambda path: SimpleNamespace(staffetta_instruction_set=lambda: 1))
     with pytest.raises(ValueError, match="has avx2 at best, not avx512"):
