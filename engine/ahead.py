@@ -92,6 +92,11 @@ class StepAhead:
         self.discard()
         return None
 
+    def discard_if_unwanted(self) -> None:
+        """Ends the step that is under way when all that it computes has ended."""
+        if self._begun is not None and not self._begun.survivors():
+            self.discard()
+
     def discard(self) -> None:
         """Ends the step that is under way, if there is one; nobody needs it any more."""
         begun, self._begun = self._begun, None

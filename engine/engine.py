@@ -138,6 +138,7 @@ class Engine:
             num_events = self._take_news_in()
             plan = self._ahead.plan() or self._schedule()
             outputs = self._compute(plan)
+            self._ahead.discard_if_unwanted()
         except BaseException:
             self._ahead.discard()
             raise

@@ -104,6 +104,15 @@ def test_a_step_for_nobody_is_discarded_before_the_engine_sleeps() -> None:
     assert not runner.in_flight and engine.step() is None and engine.counts().held_blocks == 0
 
 
+def test_a_step_for_nobody_is_discarded_in_the_turn_in_which_the_last_stream_ends() -> None:
+    engine, runner = make_engine()
+    stop = expected_ids(make_stream("a"))[2]
+    engine.add(make_request("a", sampling=make_sampling(max_tokens=9, stop=frozenset([stop]))))
+    while engine.has_work():
+        engine.step()
+    assert runner.num_ahead == 2 and not runner.in_flight
+
+
 def test_a_cancelled_streams_slice_is_thrown_away_and_the_others_go_on() -> None:
     engine, runner = make_engine()
     other = make_stream("b")
