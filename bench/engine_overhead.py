@@ -61,6 +61,11 @@ class ReadingRunner:
             for part in slices
         ]
 
+    @property
+    def can_begin(self) -> bool:
+        """No."""
+        return False
+
     def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
         """None: what is measured is a thread that has nothing to compute beside it."""
         del slices, follows

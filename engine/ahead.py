@@ -67,6 +67,8 @@ class StepAhead:
         None for any other step, and where computing failed: it is to be run in the ordinary way, which says whose
         failure it is. Raises IntegrityError for a contradiction in the books, with nothing in flight.
         """
+        if not self._runner.can_begin:
+            return None
         begun, self._begun = self._begun, None
         step = None if begun is None else begun.step
         numbers = range(len(slices)) if begun is None else begun.survivors()

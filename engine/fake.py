@@ -118,6 +118,11 @@ class FakeRunner:
             self._copy(token_slice)
         return [self._run_slice(token_slice) for token_slice in slices]
 
+    @property
+    def can_begin(self) -> bool:
+        """No."""
+        return False
+
     def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
         """None: everything is computed in `run`."""
         del slices, follows

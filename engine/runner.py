@@ -4,6 +4,7 @@ The runner decides nothing and remembers nothing between steps but the pool's by
 same ones.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import prod
@@ -31,6 +32,8 @@ from staffetta.digest_memo import remembered_digest
 from staffetta.identity import ModelRefusedError
 
 __all__ = ["BackendUnavailableError", "ModelRunner", "load_runner"]
+
+log = logging.getLogger(__name__)
 
 _SCORED_ROWS = 64
 
@@ -135,6 +138,7 @@ class ModelRunner:
         self._model = model
         self._compute = backend.compile_step(model.forward)
         self._background = backend.background_step(model.forward)
+        self._can_begin = self._background is not None
         self._block_size = group.block_size
         # [num_blocks, num_kv_heads, num_layers, 2, block_size, head_dim]; the pool's own bytes
         self._pages = torch.frombuffer(pool, dtype=dtype).view(num_blocks, *group.shape)
@@ -163,9 +167,17 @@ class ModelRunner:
             for part in slices
         ]
 
+    @property
+    def can_begin(self) -> bool:
+        """Whether steps can be begun: not on a backend that computes in calls, nor without a thread for them."""
+        return self._can_begin
+
     def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
-        """Begins a step that only generates, as `engine.step.Runner` says. None on a backend that computes in calls."""
-        if self._background is None:
+        """Begins a step that only generates, as `engine.step.Runner` says.
+
+        The first time that no thread can be started for it is the last: it is logged.
+        """
+        if self._background is None or not self._can_begin:
             return None
         batch = lay_out(slices, block_size=self._block_size)
         draws = [part.draw for part in slices if part.draw is not None]
@@ -174,7 +186,12 @@ class ModelRunner:
             if not isinstance(follows.step, _ModelStep):
                 raise TypeError(f"{follows.step!r} is no step of a model")
             source = kernels.background.Following(follows.step.computing, follows.slices)
-        computing = self._background.begin(batch, self._pages, token_draws(draws), follows=source)
+        try:
+            computing = self._background.begin(batch, self._pages, token_draws(draws), follows=source)
+        except kernels.background.CannotBeginError as error:
+            self._can_begin = False
+            log.warning("no step is begun ahead from now on: %s", error)
+            return None
         return _ModelStep(computing, [draw.output_index for draw in draws])
 
     def hold(self) -> None:

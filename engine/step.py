@@ -108,6 +108,10 @@ class Runner(Protocol):
         thread.
         """
 
+    @property
+    def can_begin(self) -> bool:
+        """Whether steps can be begun. Once they cannot, they never can again."""
+
     def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
         """Begins what `run` does and returns at once; None, and nothing has begun, where that cannot be.
 

@@ -12,6 +12,10 @@ from kernels.backend import Batch
 from kernels.sampling import TokenDraw
 
 
+class CannotBeginError(RuntimeError):
+    """There is no thread to compute beside the caller's, and none can be started; nothing has begun."""
+
+
 class StepInFlight(Protocol):
     """A step that was begun. Belongs to the thread that began it, which must finish or discard it."""
 
@@ -51,7 +55,7 @@ class BackgroundStep(Protocol):
     def begin(
         self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None = None
     ) -> StepInFlight:
-        """Begins a step and returns at once. The batch asks for no scores."""
+        """Begins a step and returns at once. The batch asks for no scores. Raises CannotBeginError."""
 
     def hold(self) -> None:
         """No step that follows another and is begun before `go_on` is computed, unless it is under way. Any thread."""

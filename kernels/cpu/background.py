@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Batch, Definition
-from kernels.background import Following
+from kernels.background import CannotBeginError, Following
 from kernels.cpu import library as abi
 from kernels.cpu.library import RowsOf, Status, matrix
 from kernels.cpu.sampling import pack_draws
@@ -75,7 +75,7 @@ class CpuStepInFlight:
         return bool(status == Status.NOT_RUN or (status == abi.NOT_BEGUN and is_held))
 
     def begin(self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None) -> None:
-        """Has the step computed."""
+        """Has the step computed. Raises CannotBeginError."""
         job, call = self._job, self._call
         call.prepare(batch, pages)
         if call.results[0] is not self._logits:
@@ -95,7 +95,7 @@ class CpuStepInFlight:
         self._keep = batch, pages, packed, token_ids
         job.is_unwanted, job.num_holds_known = 0, self._holds.known
         if self._library.staffetta_step_begin(byref(job)):
-            job.status, job.errand.is_done = Status.NOT_RUN, 1
+            raise CannotBeginError("the system starts no more threads: raise its limit (ulimit -u)")
 
     def finish(self) -> list[int] | None:
         """Helps computing it to the end, and returns the drawn tokens; None when it was not."""
@@ -124,7 +124,7 @@ class CpuBackgroundStep:
     def begin(
         self, batch: Batch, pages: Tensor, draws: Sequence[TokenDraw], *, follows: Following | None = None
     ) -> CpuStepInFlight:
-        """Begins a step and returns at once."""
+        """Begins a step and returns at once. Raises CannotBeginError."""
         step = next(self._steps)
         step.begin(batch, pages, draws, follows=follows)
         return step

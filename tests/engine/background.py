@@ -88,6 +88,10 @@ class BackgroundFakeRunner(FakeRunner):
         self.num_ahead = 0
         """Steps that were begun after another one."""
 
+    @property
+    def can_begin(self) -> bool:
+        return True
+
     def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
         for part in slices:
             draw = part.draw

@@ -15,6 +15,8 @@ from engine.request import FinishReason, Request, RequestId
 from engine.runner import ModelRunner, load_runner
 from engine.scheduler import Scheduler, SliceOutcome
 from engine.step import Following, SequenceSlice, StepInFlight
+from kernels.background import CannotBeginError
+from kernels.cpu.background import CpuBackgroundStep
 from staffetta import failpoint
 from staffetta.identity import model_digest
 from tests.engine import model_directory
@@ -340,6 +342,32 @@ def make_model_engine(path: Path) -> tuple[Engine, ModelRunner]:
     pool = memoryview(bytearray(layout.page_bytes * num_blocks))
     runner = load_runner(path, config, layout, pool=pool, num_blocks=num_blocks, threads=2, device="cpu")
     return Engine(runner, num_blocks=num_blocks, hasher=make_hasher(), limits=make_limits()), runner
+
+
+def test_without_a_thread_for_it_no_step_is_begun_ahead_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    def refuse(*_: object, **__: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise CannotBeginError("no more threads")
+
+    monkeypatch.setattr(CpuBackgroundStep, "begin", refuse)
+    engine, runner = make_model_engine(model_directory.make_model_directory(tmp_path / "model"))
+    engine.add(make_stream("a"))
+    assert len(token_ids(run_to_end(engine)["a"])) == 9
+    assert tries == 1 and not runner.can_begin
+    assert caplog.messages == ["no step is begun ahead from now on: no more threads"]
+
+
+def test_a_runner_that_begins_nothing_has_nothing_leased_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runner = make_engine()
+    monkeypatch.setattr(BackgroundFakeRunner, "can_begin", False)
+    engine.add(make_stream("a"))
+    step(engine), step(engine), step(engine)  # eight tokens; the next one needs a third block
+    assert engine.counts().held_blocks == 2 and runner.num_ahead == 0
 
 
 def serve(engine: Engine, seed: int) -> dict[tuple[str, int], tuple[int, ...]]:

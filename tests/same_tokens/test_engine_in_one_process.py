@@ -45,6 +45,10 @@ class CountingRunner:
         self._count(slices)
         return self._runner.run(slices)
 
+    @property
+    def can_begin(self) -> bool:
+        return self._runner.can_begin
+
     def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
         step = self._runner.begin(slices, follows=follows)
         if step is not None:

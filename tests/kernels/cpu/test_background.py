@@ -297,9 +297,9 @@ def test_a_driver_that_cannot_be_started_refuses_and_the_next_step_works() -> No
         "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
         "limits = resource.getrlimit(resource.RLIMIT_AS)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 2**20, limits[1]))\n"
-        "step = background.begin(make_batch(FIRST, 0), pages, make_draws(0))\n"
-        "print(step.finish(), step.is_refused)\n"
+        "try: background.begin(make_batch(FIRST, 0), pages, make_draws(0))\n"
+        "except RuntimeError as error: print(type(error).__name__)\n"
         "resource.setrlimit(resource.RLIMIT_AS, limits)\n"
         "print(background.begin(make_batch(FIRST, 0), pages, make_draws(0)).finish() == expected[0])\n"
     )
-    assert run.stdout.split() == ["None", "True", "True"], run.stderr
+    assert run.stdout.split() == ["CannotBeginError", "True"], run.stderr
