@@ -1,7 +1,7 @@
 """Keeps the queues, and carries plans out: `schedule`, `apply`, `commit`. Engine thread only; no I/O, no tensors.
 
-`schedule` may be called between `apply` and `commit` of the step before: the token being drawn counts as a placeholder.
-Parts of such a plan that the commit made pointless are dropped by `apply`.
+One step after another: nothing is scheduled between `apply` and `commit`. A step that is begun in between (`ahead`) was
+not scheduled; it is planned from the sequences in flight, whose token being drawn counts as a placeholder.
 """
 
 import bisect
