@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,10 @@ class Member(NamedTuple):
 
 def members() -> list[Member]:
     """All of this process."""
-    stats = [(task / "stat").read_text().rpartition(")") for task in Path("/proc/self/task").iterdir()]
+    stats = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            stats.append((task / "stat").read_text().rpartition(")"))
     named = [after.split() for before, _, after in stats if before.endswith("(kernels")]
     return [Member(fields[0], int(fields[11])) for fields in named]
 
