@@ -21,7 +21,7 @@ from decode_svc.active import ActiveRequest, GatewaySession, News
 from decode_svc.handoff import HandoffRecord
 from engine.engine import Engine, EngineLimits
 from engine.request import Request, RequestId, RequestKind, SampledToken, SamplingParams, StepOutput
-from engine.step import Following, SequenceSlice, SliceResult, StepInFlight
+from engine.step import NothingBegun, SequenceSlice, SliceResult
 from staffetta.hashing import BlockHasher
 from staffetta.v1 import decode_pb2
 
@@ -43,7 +43,7 @@ class Overhead:
     """From an output to the bytes for the gateway."""
 
 
-class ReadingRunner:
+class ReadingRunner(NothingBegun):
     """The `engine.step.Runner` that computes nothing: every draw is token 1. It reads `num_bytes` in every step."""
 
     def __init__(self, num_bytes: int = 0) -> None:
@@ -60,22 +60,6 @@ class ReadingRunner:
             SliceResult() if part.draw is None else SliceResult((SampledToken(part.draw.output_index, 1),))
             for part in slices
         ]
-
-    @property
-    def can_begin(self) -> bool:
-        """No."""
-        return False
-
-    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
-        """None: what is measured is a thread that has nothing to compute beside it."""
-        del slices, follows
-        return None
-
-    def hold(self) -> None:
-        """Nothing is ever begun."""
-
-    def go_on(self) -> None:
-        """Nothing is ever begun."""
 
 
 def measure_overhead(batch: int, *, num_steps: int, read_bytes: int = 0) -> Overhead:

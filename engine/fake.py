@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from engine.cache.source import AttemptId, KVEvent, KVFailed, KVFirstTokens, KVLanded, KVOffer, KVQuiesced, KVReady
 from engine.request import PromptToken, Request, RequestId, SampledToken
 from engine.sequence import SequenceId
-from engine.step import Draw, Following, SequenceSlice, SliceResult, StepInFlight
+from engine.step import Draw, NothingBegun, SequenceSlice, SliceResult
 from kvtransfer.layout import BlockId
 from staffetta.errors import StaffettaError
 from staffetta.hashing import BlockHash
@@ -99,7 +99,7 @@ def expected_prompt_tokens(request: Request) -> tuple[PromptToken, ...]:
     return tuple(scored)
 
 
-class FakeRunner:
+class FakeRunner(NothingBegun):
     """Computes steps on numbers instead of tensors.
 
     `failing` names requests whose slices raise, and sequences: of those, slices that draw.
@@ -117,22 +117,6 @@ class FakeRunner:
         for token_slice in slices:
             self._copy(token_slice)
         return [self._run_slice(token_slice) for token_slice in slices]
-
-    @property
-    def can_begin(self) -> bool:
-        """No."""
-        return False
-
-    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
-        """None: everything is computed in `run`."""
-        del slices, follows
-        return None
-
-    def hold(self) -> None:
-        """Nothing is ever begun."""
-
-    def go_on(self) -> None:
-        """Nothing is ever begun."""
 
     def write(self, block_ids: Sequence[BlockId], token_ids: Sequence[int], *, start: int) -> None:
         """Writes what positions from `start` to the end of `token_ids` hold into blocks of indices from `start` on.

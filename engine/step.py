@@ -124,3 +124,23 @@ class Runner(Protocol):
 
     def go_on(self) -> None:
         """Ends `hold`, for steps that are begun from now on."""
+
+
+class NothingBegun:
+    """The part of a `Runner` that computes in `run` alone."""
+
+    @property
+    def can_begin(self) -> bool:
+        """No."""
+        return False
+
+    def begin(self, slices: tuple[SequenceSlice, ...], *, follows: Following | None = None) -> StepInFlight | None:
+        """None: everything is computed in `run`."""
+        del slices, follows
+        return None
+
+    def hold(self) -> None:
+        """Nothing is ever begun."""
+
+    def go_on(self) -> None:
+        """Nothing is ever begun."""

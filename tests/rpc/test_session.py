@@ -252,48 +252,41 @@ async def test_a_read_or_write_of_a_cancelled_call_ends_the_session_and_not_its_
             await pipe.run(receive_all(pipe), make_heartbeat=make_heartbeat)
 
 
+async def end_while_writing(consume_end: Callable[[], None]) -> None:
+    """Runs a session whose consumer ends by `consume_end` in the turn of the loop in which a write is cancelled."""
+    call_ends = asyncio.Event()
+
+    async def consume() -> None:
+        await call_ends.wait()
+        consume_end()
+
+    async def write(_: Message) -> None:
+        await call_ends.wait()
+        raise asyncio.CancelledError
+
+    pipe: Pipe = SessionPipe(Wire().incoming.get, write, heartbeat_s=5.0)
+    pipe.send(make_message())
+    async with running(pipe, consume) as task:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        call_ends.set()
+        await task
+
+
 @in_loop
 async def test_why_a_session_ended_is_told_and_not_what_its_end_did_to_a_write() -> None:
-    for _ in range(20):  # both end in one turn of the loop
-        call_ends = asyncio.Event()
+    def refuse() -> None:
+        raise ProtocolError("refused")
 
-        async def consume() -> None:
-            await call_ends.wait()  # noqa: B023 (of this session)
-            raise ProtocolError("refused")
-
-        async def write(_: Message) -> None:
-            await call_ends.wait()  # noqa: B023
-            raise asyncio.CancelledError
-
-        pipe: Pipe = SessionPipe(Wire().incoming.get, write, heartbeat_s=5.0)
-        pipe.send(make_message())
-        async with running(pipe, consume) as task:
-            for _ in range(3):
-                await asyncio.sleep(0)
-            call_ends.set()
-            with pytest.raises(ProtocolError, match="refused"):
-                await task
+    for _ in range(20):
+        with pytest.raises(ProtocolError, match="refused"):
+            await end_while_writing(refuse)
 
 
 @in_loop
 async def test_a_session_whose_consumer_is_done_ends_well_whatever_becomes_of_a_write() -> None:
-    for _ in range(20):  # both end in one turn of the loop
-        call_ends = asyncio.Event()
-
-        async def consume() -> None:
-            await call_ends.wait()  # noqa: B023 (of this session)
-
-        async def write(_: Message) -> None:
-            await call_ends.wait()  # noqa: B023
-            raise asyncio.CancelledError
-
-        pipe: Pipe = SessionPipe(Wire().incoming.get, write, heartbeat_s=5.0)
-        pipe.send(make_message())
-        async with running(pipe, consume) as task:
-            for _ in range(3):
-                await asyncio.sleep(0)
-            call_ends.set()
-            await task
+    for _ in range(20):
+        await end_while_writing(lambda: None)
 
 
 @in_loop
