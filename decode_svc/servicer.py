@@ -141,7 +141,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     raise ProtocolError(f"command {other} has no place in an open session")
 
     def _heartbeat(self) -> decode_pb2.DecodeSessionResponse:
-        self._rank.engine_thread.wake()
+        self._rank.engine_thread.turn()
         return decode_pb2.DecodeSessionResponse(
             heartbeat=common_pb2.Heartbeat(
                 engine_turns=self._rank.engine_thread.num_turns, num_requests=len(self._active)

@@ -1,8 +1,8 @@
 """The one thread that touches an engine, and the way in for all others.
 
 Commands are carried out between steps, in the order in which they were submitted; the kernels may have gone on by then
-to the next token of every stream. With nothing to do the thread sleeps on a condition; commands and `wake` end the
-sleep. It must never spin, and never end without saying why.
+to the next token of every stream. With nothing to do the thread sleeps on a condition; commands, `wake` and `turn`
+end the sleep. It must never spin, and never end without saying why.
 """
 
 import logging
@@ -69,7 +69,7 @@ class EngineThread:
 
     @property
     def num_turns(self) -> int:
-        """Turns of the loop so far; any thread may read it. `wake` makes one, so a number that stays shows a wedged
+        """Turns of the loop so far; any thread may read it. `turn` makes one, so a number that stays shows a wedged
         engine."""
         return self._num_turns
 
@@ -105,6 +105,12 @@ class EngineThread:
 
         The future fails with UnavailableError when the loop is over, or ends before it came to this.
         """
+        future = self.ask(function)
+        self._engine.hold()
+        return future
+
+    def ask(self, function: Callable[[Engine], T]) -> "Future[T]":
+        """Likewise for a `function` that changes nothing of what is to be computed: no step makes way for it."""
         future: Future[T] = Future()
 
         def run(engine: Engine) -> None:
@@ -125,15 +131,18 @@ class EngineThread:
                 future.set_exception(UnavailableError("the engine of this worker has stopped: retry on another worker"))
 
         self._enqueue(_Command(run, drop))
-        self._engine.hold()
         return future
 
     def wake(self) -> None:
-        """Makes the loop turn once: the engine's KV source has news, or somebody wants a sign of life."""
+        """Has the engine look at its KV source, which has news, before the next step that has not been begun."""
+        self.turn()
+        self._engine.hold()
+
+    def turn(self) -> None:
+        """Makes the loop turn once more if it sleeps: somebody wants a sign of life."""
         with self._condition:
             self._is_woken = True
             self._condition.notify()
-        self._engine.hold()
 
     def _enqueue(self, command: _Command) -> None:
         with self._condition:

@@ -125,7 +125,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     raise ProtocolError(f"command {other} has no place in an open session")
 
     def _heartbeat(self) -> prefill_pb2.PrefillSessionResponse:
-        self._rank.engine_thread.wake()
+        self._rank.engine_thread.turn()
         return prefill_pb2.PrefillSessionResponse(
             heartbeat=common_pb2.Heartbeat(
                 engine_turns=self._rank.engine_thread.num_turns, num_requests=self._announcer.num_handoffs()

@@ -100,7 +100,7 @@ class Worker:
 
     async def counts(self) -> EngineCounts:
         """The engine's counts, taken on its thread."""
-        return await asyncio.wrap_future(self.rank.engine_thread.call(lambda engine: engine.counts()))
+        return await asyncio.wrap_future(self.rank.engine_thread.ask(lambda engine: engine.counts()))
 
     def num_requests(self) -> int:
         """Requests that have not ended."""
@@ -158,11 +158,11 @@ class Worker:
 
     async def cache_events(self) -> CacheEvents:
         """What entered and left the prefix cache since the last call."""
-        return await asyncio.wrap_future(self.rank.engine_thread.call(lambda engine: engine.drain_cache_events()))
+        return await asyncio.wrap_future(self.rank.engine_thread.ask(lambda engine: engine.drain_cache_events()))
 
     async def cache_snapshot(self) -> CacheEvents:
         """The whole prefix cache."""
-        return await asyncio.wrap_future(self.rank.engine_thread.call(lambda engine: engine.cache_snapshot()))
+        return await asyncio.wrap_future(self.rank.engine_thread.ask(lambda engine: engine.cache_snapshot()))
 
     def links(self) -> Sequence[registry_pb2.PeerLink]:
         """Working sessions to prefill workers."""

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import pytest
 
@@ -234,11 +235,37 @@ def test_a_call_cancelled_in_time_is_not_carried_out() -> None:
     assert seen == ["called"]
 
 
-def test_waking_makes_an_idle_loop_turn_so_that_a_wedged_one_shows() -> None:
+def test_an_idle_loop_turns_once_when_told_so_that_a_wedged_one_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = make_engine()
+    turns: SimpleQueue[int] = SimpleQueue()
+
+    def nothing_to_do() -> None:
+        turns.put(thread.num_turns)
+
+    monkeypatch.setattr(engine, "step", nothing_to_do)
+    thread = EngineThread(engine, on_output=Receiver())
+    with running(thread):
+        assert turns.get(timeout=TIMEOUT_S) == 1
+        thread.turn()
+        assert turns.get(timeout=TIMEOUT_S) == 2
+
+
+def test_steps_ahead_make_way_for_calls_and_news_and_not_for_questions_and_signs_of_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _ = make_engine()
+    num_holds = 0
+
+    def hold() -> None:
+        nonlocal num_holds
+        num_holds += 1
+
+    monkeypatch.setattr(engine, "hold", hold)
     with running(EngineThread(engine, on_output=Receiver())) as thread:
+        assert thread.ask(lambda e: e.counts()).result(TIMEOUT_S) == engine.counts()
+        thread.turn()
+        assert num_holds == 0
         thread.call(lambda e: None).result(TIMEOUT_S)
-        before = thread.num_turns
+        assert num_holds == 1
         thread.wake()
-        thread.call(lambda e: None).result(TIMEOUT_S)
-        assert thread.num_turns > before
+        assert num_holds == 2
