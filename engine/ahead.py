@@ -112,13 +112,15 @@ class StepAhead:
         need for it then.
         """
         scheduler = self._scheduler
-        if scheduler.has_joining or not all(map(_only_generates, slices)):
+        if not all(map(_only_generates, slices)):
             return {}
         sequences = scheduler.in_flight
         computed = {sequence.sequence_id for sequence in sequences}
         if any(each.is_computable and each.sequence_id not in computed for each in scheduler.running):
             return {}
         going_on = {i: sequence for i, sequence in enumerate(sequences) if sequence.is_computable}
+        if scheduler.has_joining(num_going_on=len(going_on)):
+            return {}
         lacking = [each for each in going_on.values() if each.num_leased_blocks < each.num_blocks_for(_end(each))]
         if len(lacking) > self._pool.num_available:
             return {}

@@ -96,9 +96,13 @@ class Scheduler:
         """Those that the applied step has slices of, in the slices' order."""
         return tuple([part.sequence for part in self._in_flight])
 
-    @property
-    def has_joining(self) -> bool:
-        """Whether a sequence waits for its turn, or for blocks. One that waits for its receiver's grant does not."""
+    def has_joining(self, *, num_going_on: int) -> bool:
+        """Whether a sequence waits for its turn, or for blocks, and there is a place beside so many that go on.
+
+        One that waits for its receiver's grant does not.
+        """
+        if num_going_on >= self._limits.max_sequences:
+            return False
         return any(each.state is SequenceState.AWAITING_KV or not each.is_paused for each in self._waiting)
 
     def snapshot(self, pacer: StepPacer, *, num_granted: int) -> Snapshot:

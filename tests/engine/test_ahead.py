@@ -154,13 +154,40 @@ def test_a_request_that_comes_while_the_next_step_is_under_way_joins_the_one_aft
     assert set(step(engine)) == {"a", "b"}
 
 
-def test_no_step_is_begun_ahead_while_somebody_waits() -> None:
-    engine, runner = make_engine(max_sequences=1)
+def test_no_step_is_begun_ahead_while_somebody_waits_who_could_join() -> None:
+    engine, runner = make_engine(max_sequences=2, num_blocks=5)
     engine.add(make_stream("a"))
-    engine.add(make_stream("b"))
+    engine.add(make_request("b", range(20, 33)))  # there is a place, and no room
     for _ in range(5):
         assert set(step(engine)) == {"a"}
     assert runner.num_ahead == 0
+
+
+def test_with_all_places_taken_steps_are_begun_ahead_until_one_gets_free_and_whoever_waits_joins_at_once() -> None:
+    engine, runner = make_engine(max_sequences=2)
+    requests = [make_stream("a"), make_stream("b", max_tokens=6), make_stream("c")]
+    for request in requests:
+        engine.add(request)
+    seen = [step(engine) for _ in range(7)]
+    assert [set(outputs) for outputs in seen] == [{"a", "b"}] * 6 + [{"a", "c"}]
+    assert runner.num_ahead == 4  # of tokens 3 to 6: b's last is known to be that
+    rest = run_to_end(engine)
+    for request in requests:
+        name = request.request_id
+        told = [outputs[name] for outputs in seen if name in outputs] + rest.get(name, [])
+        assert token_ids(told) == expected_ids(request)
+
+
+def test_the_place_of_a_stream_that_stops_is_taken_one_step_later() -> None:
+    engine, _ = make_engine(max_sequences=2)
+    prompt = range(2, 9)
+    first = expected_ids(make_request("x", prompt))
+    assert first[3] not in first[:3]
+    engine.add(make_stream("a"))
+    engine.add(make_request("b", prompt, sampling=make_sampling(max_tokens=9, stop=frozenset(first[3:4]))))
+    engine.add(make_stream("c"))
+    seen = [set(step(engine)) for _ in range(6)]
+    assert seen == [{"a", "b"}] * 4 + [{"a"}, {"a", "c"}]
 
 
 def test_a_request_that_waits_for_its_first_grant_keeps_no_step_from_being_begun_ahead() -> None:
