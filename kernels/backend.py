@@ -252,6 +252,12 @@ class Backend(Operations, Protocol):
         without scales, scales without integers, another number of them, or integers to be stored in another format.
         """
 
+    def prepare_head(self, weight: Tensor) -> Linear:
+        """The layer of weight [N, K], which are floats, whose outputs are what tokens are drawn from.
+
+        It is as `prepare_linear` makes it, but that a `background_step` may leave out what no draw depends on.
+        """
+
     def prepare_gated_linear(
         self,
         gate: tuple[Tensor, Tensor | None],

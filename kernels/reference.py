@@ -343,6 +343,10 @@ class ReferenceBackend:
         """Keeps the weights as they are, or quantizes their rows. weight: [N, K]. bias: [N]."""
         return ReferenceLinear(weight, bias, stored, scales)
 
+    def prepare_head(self, weight: Tensor) -> ReferenceLinear:
+        """As `prepare_linear`."""
+        return self.prepare_linear(weight)
+
     def prepare_gated_linear(
         self,
         gate: tuple[Tensor, Tensor | None],

@@ -80,7 +80,7 @@ def prepare_linears(
     for prefix in map(_prefix, range(config.num_layers)):
         for name in _LINEARS:
             yield f"{prefix}.{name}", _prepare(name, weights, prefix, backend, layers_stored)
-    yield _HEAD, backend.prepare_linear(weights[_EMBEDDING if config.tie_word_embeddings else f"{_HEAD}.weight"])
+    yield _HEAD, backend.prepare_head(weights[_EMBEDDING if config.tie_word_embeddings else f"{_HEAD}.weight"])
 
 
 class Llama:

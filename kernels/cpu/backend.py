@@ -18,7 +18,7 @@ from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
 from kernels.cpu.background import CpuBackgroundStep
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, pages_of_layer, rows
-from kernels.cpu.linear import CpuLinear, CpuPacking, interleave, pack
+from kernels.cpu.linear import CpuLinear, CpuPacking, interleave, pack, pack_with_screen
 from kernels.cpu.memory import WeightMemory
 from kernels.cpu.step import CompiledStep
 from kernels.reference import rope_tables
@@ -109,6 +109,12 @@ class CpuBackend:
         """Packs weight [N, K] and bias [N]. float16 weights are kept as float32, int8 ones as they are."""
         check_scales(weight, scales, stored)
         return pack(self, weight, bias, kind=_kind(weight, stored), scales=scales, gated_outputs=None)
+
+    def prepare_head(self, weight: Tensor) -> CpuLinear:
+        """Packs weight [N, K], and in int8 once more: where a step draws the largest logits alone, those are all that
+        it computes exactly (`src/largest.h`).
+        """
+        return pack_with_screen(self, weight, kind=_kind(weight, WeightFormat.AS_GIVEN))
 
     def prepare_gated_linear(
         self,

@@ -112,6 +112,12 @@ class PackedWeight(Structure):
     )
 
 
+class Screen(Structure):
+    """See `abi.h`."""
+
+    _fields_ = (("coarse", PackedWeight), ("errors", c_void_p))
+
+
 class Pages(Structure):
     """See `abi.h`."""
 
@@ -181,6 +187,7 @@ class StepOperation(Structure):
         ("inputs", Operand * 4),
         ("outputs", Operand * 2),
         ("weight", PackedWeight),
+        ("screen", Screen),
         ("cosines", c_void_p),
         ("sines", c_void_p),
     )
@@ -238,6 +245,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "pack": (c_int32, (c_int32, _MATRIX, c_void_p, c_void_p, c_void_p, c_int32)),
     "linear": (c_int32, (*_CALL, POINTER(PackedWeight), _MATRIX, _MATRIX, _MATRIX)),
+    "largest": (c_int32, (*_CALL, POINTER(PackedWeight), POINTER(Screen), _MATRIX, _MATRIX)),
     "attention": (c_int32, (*_CALL, POINTER(AttentionArguments), POINTER(Pages))),
     "rms_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),
     "layer_norm": (c_int32, (*_CALL, _MATRIX, _MATRIX, _MATRIX, _MATRIX, c_float, _MATRIX, _MATRIX)),

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from ctypes import CDLL, byref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn import functional
 from kernels.backend import Linear
 from kernels.cpu import library as abi
 from kernels.cpu.library import WeightKind, check, matrix, rows
+from kernels.cpu.screening import MOST_ERROR, coarse_copy
 from kernels.reference import GROUP_INPUTS, quantize_groups, quantize_rows
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PANEL = 32
 """Outputs of a panel."""
 
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 """Grows when this module gives its buffers another meaning; what the library does with them is told by its digest."""
 
 _MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
@@ -50,24 +51,42 @@ class LinearBuffers:
     sums: Tensor
     bias: Tensor
 
+    def described(self) -> abi.PackedWeight:
+        """Where they are, for the library."""
+        return abi.PackedWeight(
+            panels=self.panels.data_ptr(),
+            bias=self.bias.data_ptr() or None,
+            scales=self.scales.data_ptr(),
+            sums=self.sums.data_ptr(),
+            inputs=self.inputs,
+            outputs=self.outputs,
+            kind=self.kind,
+            gated=int(self.out_features != self.outputs),
+        )
+
+
+class Screen(NamedTuple):
+    """What tells which outputs of a layer may be the largest of a row: its weights as INT8_ONLY, and the copy's errors.
+
+    errors: [padded outputs], float32, as `kernels.cpu.screening` says.
+    """
+
+    coarse: LinearBuffers
+    errors: Tensor
+
 
 class CpuLinear:
     """A linear layer in panels of 32 outputs, with its epilogue. Immutable."""
 
-    def __init__(self, backend: "CpuBackend", buffers: LinearBuffers) -> None:
+    def __init__(self, backend: "CpuBackend", buffers: LinearBuffers, screen: Screen | None = None) -> None:
         self._backend = backend
         self.buffers = buffers
+        self.screen = screen
         self.out_features = buffers.out_features
-        self.packed = abi.PackedWeight(
-            panels=buffers.panels.data_ptr(),
-            bias=buffers.bias.data_ptr() or None,
-            scales=buffers.scales.data_ptr(),
-            sums=buffers.sums.data_ptr(),
-            inputs=buffers.inputs,
-            outputs=buffers.outputs,
-            kind=buffers.kind,
-            gated=int(buffers.out_features != buffers.outputs),
-        )
+        self.packed = buffers.described()
+        self.screened = abi.Screen()
+        if screen is not None:
+            self.screened = abi.Screen(screen.coarse.described(), screen.errors.data_ptr())
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
@@ -101,13 +120,35 @@ def pack(
 ) -> CpuLinear:
     """Packs weight [N, K] and bias [N] into memory of the backend's; keeps no tensor that it is given.
 
-    `scales` are those of a weight that is int8, else None. `gated_outputs` None: as many outputs as weight has rows.
-    Else rows alternate as `interleave` lays them. Raises ValueError for a weight without inputs, or with too many.
+    `scales` are those of a weight that is int8 already, else None. `gated_outputs` None: as many outputs as weight has
+    rows; else rows alternate as `interleave` lays them. Raises ValueError for a weight without inputs or with too many.
     """
+    return CpuLinear(backend, _pack(backend, weight, bias, kind=kind, scales=scales, gated_outputs=gated_outputs))
+
+
+def pack_with_screen(backend: "CpuBackend", weight: Tensor, *, kind: WeightKind) -> CpuLinear:
+    """Packs weight [N, K], which are floats, and a screen for it, unless its numbers are too large to be bounded."""
+    buffers = _pack(backend, weight, None, kind=kind, scales=None, gated_outputs=None)
+    integers, scales, errors = coarse_copy(weight)
+    if not (errors < MOST_ERROR).all():  # NaN is not
+        return CpuLinear(backend, buffers)
+    coarse = _pack(backend, integers, None, kind=WeightKind.INT8_ONLY, scales=scales, gated_outputs=None)
+    return CpuLinear(backend, buffers, Screen(coarse, _in_panels(errors, _padded(len(errors)))))
+
+
+def _pack(
+    backend: "CpuBackend",
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    kind: WeightKind,
+    scales: Tensor | None,
+    gated_outputs: int | None,
+) -> LinearBuffers:
     outputs, inputs = weight.shape
     _check_inputs(kind, inputs)
     padded = _padded(outputs)
-    if kind in _QUANTIZE:
+    if kind in _QUANTIZE and scales is None:
         weight, scales = _QUANTIZE[kind](weight)
     buffers = LinearBuffers(
         kind=kind,
@@ -129,7 +170,7 @@ def pack(
         backend.threads,
     )
     check(status, out_of_range="")
-    return CpuLinear(backend, buffers)
+    return buffers
 
 
 _QUANTIZE = {WeightKind.INT8_ONLY: quantize_rows, WeightKind.INT4: quantize_groups}
@@ -171,6 +212,9 @@ class CpuPacking:
         own = layer.buffers
         shape = torch.tensor([own.kind, own.inputs, own.outputs, own.out_features])
         named = {"panels": own.panels, "scales": own.scales, "sums": own.sums, "bias": own.bias}
+        if layer.screen is not None:
+            coarse, bounds = layer.screen
+            named |= {"coarse_panels": coarse.panels, "coarse_scales": coarse.scales, "errors": bounds}
         return {"shape": shape} | {name: tensor for name, tensor in named.items() if len(tensor)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> CpuLinear:
@@ -195,7 +239,26 @@ class CpuPacking:
             bias=tensors.get("bias", torch.empty(0)),
         )
         _check(buffers, self._backend.library)
-        return CpuLinear(self._backend, buffers)
+        return CpuLinear(self._backend, buffers, self._restore_screen(buffers, tensors))
+
+    def _restore_screen(self, buffers: LinearBuffers, tensors: Mapping[str, Tensor]) -> Screen | None:
+        """The screen of the layer of `buffers`, if `tensors` have one."""
+        bounds, nothing = tensors.get("errors"), torch.empty(0)
+        if bounds is None:
+            return None
+        coarse = LinearBuffers(
+            kind=WeightKind.INT8_ONLY,
+            inputs=buffers.inputs,
+            outputs=buffers.outputs,
+            out_features=buffers.outputs,
+            panels=tensors.get("coarse_panels", nothing),
+            scales=tensors.get("coarse_scales", nothing),
+            sums=nothing.int(),
+            bias=nothing,
+        )
+        _check(coarse, self._backend.library)
+        _check_buffer("errors", bounds, torch.float32, (_padded(buffers.outputs),))
+        return Screen(coarse, bounds)
 
 
 def _check_inputs(kind: WeightKind, inputs: int) -> None:
@@ -218,9 +281,13 @@ def _check(buffers: LinearBuffers, library: CDLL) -> None:
         ("bias", buffers.bias, torch.float32, (0, padded)),
     )
     for name, tensor, dtype, sizes in expected:
-        is_plain = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype is dtype
-        if not is_plain or len(tensor) not in sizes:
-            raise ValueError(f"a packed layer's {name} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {sizes}")
+        _check_buffer(name, tensor, dtype, sizes)
+
+
+def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    is_plain = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype is dtype
+    if not is_plain or len(tensor) not in sizes:
+        raise ValueError(f"a packed layer's {name} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {sizes}")
 
 
 def _num_scales(kind: WeightKind, inputs: int, padded: int) -> int:

@@ -22,6 +22,7 @@ from kernels.cpu.library import (
     OperationKind,
     PackedWeight,
     RowsOf,
+    Screen,
     matrix,
     rows,
 )
@@ -60,6 +61,7 @@ class Operation:
     inputs: tuple[Part | Matrix, ...]
     outputs: tuple[Part, ...]
     weight: PackedWeight = field(default_factory=PackedWeight)
+    screen: Screen = field(default_factory=Screen)
     epsilon: float = 0.0
     scale: float = 0.0
     soft_cap: float = 0.0
@@ -165,6 +167,7 @@ class _Recorder:
                 inputs=(source, self._residual(residual, part)),
                 outputs=(part,),
                 weight=layer.packed,
+                screen=layer.screened,
             )
         )
         return out

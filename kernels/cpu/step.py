@@ -174,6 +174,7 @@ def _describe(operation: Operation, places: Mapping[Value, _Before], recording: 
         inputs=tuple(map(operand, operation.inputs)),
         outputs=tuple(map(operand, operation.outputs)),
         weight=operation.weight,
+        screen=operation.screen,
         epsilon=operation.epsilon,
         scale=operation.scale,
         soft_cap=operation.soft_cap,

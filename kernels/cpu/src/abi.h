@@ -40,6 +40,13 @@ struct PackedWeight {
   int32_t gated;  // 1: each panel is 16 gate and 16 up rows, and outputs counts both
 };
 
+// What tells which outputs of a layer may be the largest of a row: its weights once more, as kWeightInt8Only, and of each
+// output, padded to 32, at most how far the two differ for a row of length 1. Absent when coarse.panels is null.
+struct Screen {
+  PackedWeight coarse;
+  const float* errors;
+};
+
 // Heads that may share a KV head.
 constexpr int64_t kMaxGroup = 96;
 
@@ -97,6 +104,8 @@ extern "C" {
 int32_t staffetta_embedding(const int64_t* indices, const Matrix* table, const Matrix* out);
 int32_t staffetta_linear(int32_t set, int32_t threads, const PackedWeight* weight, const Matrix* x,
                          const Matrix* residual, const Matrix* out);
+int32_t staffetta_largest(int32_t set, int32_t threads, const PackedWeight* weight, const Screen* screen,
+                          const Matrix* x, const Matrix* out);
 int32_t staffetta_rms_norm(int32_t set, int32_t threads, const Matrix* x, const Matrix* residual, const Matrix* weight,
                            float eps, const Matrix* sum, const Matrix* out);
 int32_t staffetta_layer_norm(int32_t set, int32_t threads, const Matrix* x, const Matrix* residual,
@@ -112,6 +121,7 @@ int32_t staffetta_sample(int32_t set, int32_t threads, const Matrix* logits, con
 // One instruction set's functions, in the order of the sources.
 struct Kernels {
   void (*linear)(const PackedWeight&, const Matrix& x, const Matrix& residual, const Matrix& out, int threads);
+  void (*largest)(const PackedWeight&, const Screen&, const Matrix& x, const Matrix& out, int threads);
   void (*attention)(const AttentionArguments&, const Pages&, int threads);
   void (*rms_norm)(const Matrix& x, const Matrix& residual, const Matrix& weight, float eps, const Matrix& sum,
                    const Matrix& out, int threads);

@@ -10,7 +10,6 @@ constexpr int kTile = kLanes;
 constexpr int kStripe = 16;  // keys that lie evenly spaced
 constexpr int kStripes = kTile / kStripe;
 constexpr int kLine = 64;    // bytes that are fetched together
-constexpr float kMinusInfinity = -__builtin_inff();
 
 // Where the keys and values of a tile lie; rows of a stripe are key_bytes and value_bytes apart. The first `stripes`
 // hold keys of the context.

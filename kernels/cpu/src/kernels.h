@@ -3,6 +3,7 @@
 #pragma once
 #include "numeric.h"
 #include "linear.h"
+#include "largest.h"
 #include "attention.h"
 #include "rows.h"
 #include "sample.h"
@@ -11,7 +12,7 @@
 namespace STAFFETTA_ISA {
 
 constexpr Kernels table() {
-  return {linear, attention, rms_norm, layer_norm, rotate_and_write, log_softmax, sample, score_tokens};
+  return {linear, largest, attention, rms_norm, layer_norm, rotate_and_write, log_softmax, sample, score_tokens};
 }
 
 }  // namespace STAFFETTA_ISA

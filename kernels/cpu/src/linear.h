@@ -111,49 +111,67 @@ LinearCall plan(const PackedWeight& w, const Matrix& x, const Matrix& residual, 
   return {w, x, residual, out, steps, piece_steps, chunk_steps, Split(x.rows, num_strips), blocks, nullptr, nullptr};
 }
 
+// Takes memory for the rows of a call, and packs them there.
+template <class Weights>
+void pack_rows(LinearCall& call, int threads) {
+  const size_t strip_bytes = static_cast<size_t>(call.x.rows) * call.steps * Weights::kStripBytes;
+  call.values = static_cast<char*>(workspace(Scratch::kShared, strip_bytes + call.x.rows * sizeof(float)));
+  call.row_scales = reinterpret_cast<float*>(call.values + strip_bytes);
+  const size_t scratch_bytes = kWidth * scratch_row<Weights>(call) * sizeof(float);
+  share_loop(threads_for(call.x.rows * call.x.columns, threads), call.strips.parts, [&](int64_t strip) {
+    float* scratch = static_cast<float*>(workspace(Scratch::kPrivate, scratch_bytes));
+    pack_strip<Weights>(call, call.blocks.part_of(strip), strip, scratch);
+  });
+}
+
+// Computes `count` tiles of at most `size` panels each; tile_at(i) is the i-th.
+template <class Weights, class TileAt>
+void compute_tiles(const LinearCall& call, int64_t count, int64_t size, int threads, TileAt tile_at) {
+  const size_t sums_bytes = (call.is_carried() ? size : 1) * (call.blocks.size + 1) * kLinearRows * kPanel * 4;
+  const bool is_small = call.x.rows * call.w.inputs * least(call.out.columns, count * size * kPanel) < kSerialWork;
+  share_turns(is_small ? 1 : threads, count, [&](Turns& turns) {
+    char* sums = static_cast<char*>(workspace(Scratch::kPrivate, sums_bytes));
+    for (int64_t turn; turns.take(turn);) compute_tile<Weights>(call, tile_at(turn), sums);
+  });
+}
+
 template <class Weights>
 void run_linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, const Matrix& out, int threads) {
   if (!x.rows) return;
   LinearCall call = plan<Weights>(w, x, residual, out);
-  const int64_t num_strips = call.strips.parts, num_blocks = call.blocks.parts, num_panels = call.num_panels();
-  const size_t strip_bytes = static_cast<size_t>(x.rows) * call.steps * Weights::kStripBytes;
-  call.values = static_cast<char*>(workspace(Scratch::kShared, strip_bytes + x.rows * sizeof(float)));
-  call.row_scales = reinterpret_cast<float*>(call.values + strip_bytes);
+  pack_rows<Weights>(call, threads);
+  const int64_t num_blocks = call.blocks.parts, num_panels = call.num_panels();
   // Several tiles per thread, because threads may come late or be taken away.
   const int64_t tiles_per_block = ceil_div(4 * threads, num_blocks);
   const int64_t group = least(ceil_div(num_panels, tiles_per_block), call.is_carried() ? kCarriedPanels : num_panels);
   const int64_t num_groups = ceil_div(num_panels, group);
-  const int64_t sums_bytes = (call.is_carried() ? group : 1) * (call.blocks.size + 1) * kLinearRows * kPanel * 4;
-  const size_t scratch_bytes = most(sums_bytes, kWidth * scratch_row<Weights>(call) * 4);
-  share_loop(threads_for(x.rows * x.columns, threads), num_strips, [&](int64_t strip) {
-    float* scratch = static_cast<float*>(workspace(Scratch::kPrivate, scratch_bytes));
-    pack_strip<Weights>(call, call.blocks.part_of(strip), strip, scratch);
-  });
-  const bool is_small = x.rows * w.inputs * out.columns < kSerialWork;
-  share_turns(is_small ? 1 : threads, num_blocks * num_groups, [&](Turns& turns) {
-    char* scratch = static_cast<char*>(workspace(Scratch::kPrivate, scratch_bytes));
-    for (int64_t turn; turns.take(turn);) {
-      const int64_t first = turn % num_groups * group;
-      compute_tile<Weights>(call, {turn / num_groups, first, least(first + group, num_panels)}, scratch);
-    }
+  compute_tiles<Weights>(call, num_blocks * num_groups, group, threads, [&](int64_t turn) {
+    const int64_t first = turn % num_groups * group;
+    return Tile{turn / num_groups, first, least(first + group, num_panels)};
   });
 }
 
-inline void linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, const Matrix& out, int threads) {
+// Calls f with the kind of weights that w is, for rows of a type.
+template <class F>
+void with_weights(const PackedWeight& w, [[maybe_unused]] int32_t dtype, F f) {
 #ifdef STAFFETTA_BF16_DOT
-  if (x.dtype == kBfloat16) switch (w.kind) {
-      case kWeightBfloat16: return run_linear<Bfloat16Pairs>(w, x, residual, out, threads);
-      case kWeightInt8Only: return run_linear<Int8OnlyPairs>(w, x, residual, out, threads);
-      case kWeightInt4: return run_linear<Int4Pairs>(w, x, residual, out, threads);
+  if (dtype == kBfloat16) switch (w.kind) {
+      case kWeightBfloat16: return f(Bfloat16Pairs{});
+      case kWeightInt8Only: return f(Int8OnlyPairs{});
+      case kWeightInt4: return f(Int4Pairs{});
     }
 #endif
   switch (w.kind) {
-    case kWeightInt8: return run_linear<Int8Weights>(w, x, residual, out, threads);
-    case kWeightInt8Only: return run_linear<Int8OnlyWeights>(w, x, residual, out, threads);
-    case kWeightInt4: return run_linear<Int4Weights>(w, x, residual, out, threads);
-    case kWeightBfloat16: return run_linear<Bfloat16Weights>(w, x, residual, out, threads);
-    default: return run_linear<Float32Weights>(w, x, residual, out, threads);
+    case kWeightInt8: return f(Int8Weights{});
+    case kWeightInt8Only: return f(Int8OnlyWeights{});
+    case kWeightInt4: return f(Int4Weights{});
+    case kWeightBfloat16: return f(Bfloat16Weights{});
+    default: return f(Float32Weights{});
   }
+}
+
+inline void linear(const PackedWeight& w, const Matrix& x, const Matrix& residual, const Matrix& out, int threads) {
+  with_weights(w, x.dtype, [&](auto weights) { run_linear<decltype(weights)>(w, x, residual, out, threads); });
 }
 
 }  // namespace STAFFETTA_ISA

@@ -14,6 +14,8 @@ namespace STAFFETTA_ISA {
 constexpr int kLanes = 64;
 constexpr int kLaneVecs = kLanes / kWidth;
 
+constexpr float kMinusInfinity = -__builtin_inff();
+
 struct F32 {
   using Element = float;
   static Vec load(const float* p) { return STAFFETTA_ISA::load(p); }

@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <new>
 #include <system_error>
 
@@ -52,6 +53,12 @@ struct Step {
   int32_t linear(const StepOperation& op) const {
     const Matrix x = at(op.inputs[0]), residual = at(op.inputs[1]), out = at(op.outputs[0]);
     return staffetta_linear(set, threads, &op.weight, &x, &residual, &out);
+  }
+
+  // The same where only the largest output of each row is looked for. screen.
+  int32_t largest(const StepOperation& op) const {
+    const Matrix x = at(op.inputs[0]), out = at(op.outputs[0]);
+    return staffetta_largest(set, threads, &op.weight, &op.screen, &x, &out);
   }
 
   // inputs: x, residual or absent, weight. outputs: the norm, the sum with the residual if there is one. epsilon.
@@ -123,11 +130,22 @@ bool follow(const StepJob& job) {
   return true;
 }
 
+// Whether all that is drawn are the largest logits of their rows.
+bool draws_largest(const StepJob& job) {
+  const auto is_largest = [](const Draw& draw) {
+    return draw.temperature == 0 && draw.num_prompt + draw.num_output + draw.num_banned == 0;
+  };
+  return std::all_of(job.draws, job.draws + job.num_draws, is_largest);
+}
+
 int32_t compute(const StepJob& job) {
   const Step step(job.set, job.threads, *job.call);
+  const bool is_screened = draws_largest(job);
   for (int64_t number = 0; number < job.program->num_operations; ++number) {
     if (job.is_unwanted.load(std::memory_order_relaxed)) return kNotRun;
-    if (const int32_t status = step.run(job.program->operations[number]); status != kOk) return status;
+    const StepOperation& op = job.program->operations[number];
+    const int32_t status = is_screened && op.screen.coarse.panels ? step.largest(op) : step.run(op);
+    if (status != kOk) return status;
   }
   return staffetta_sample(job.set, job.threads, &job.logits, job.draws, job.num_draws, job.drawn_ids, job.tokens);
 }

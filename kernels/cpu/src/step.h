@@ -40,6 +40,7 @@ struct StepOperation {
   int64_t layer, num_heads, num_positions, window;
   Operand inputs[4], outputs[2];
   PackedWeight weight;
+  Screen screen;
   const float *cosines, *sines;
 };
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstddef>
 
-enum class Scratch { kShared, kPrivate, kCount };
+enum class Scratch { kShared, kPrivate, kMarks, kCount };
 
 // At least `bytes` bytes, aligned to a cache line. Valid until the same thread asks for the same purpose again.
 void* workspace(Scratch purpose, size_t bytes);
