@@ -12,7 +12,7 @@ from staffetta.exits import DoesNotFitError
 from worker.headroom import Headroom
 
 _LINEAR_SUFFIX = "_proj.weight"
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _QUANTIZED_BITS = {"int8": 8, "int8-weight": 8, "int4": 4}
 
 
@@ -26,9 +26,10 @@ def weight_bytes(model: ModelConfig, *, dtype: KVDtype, quantization: str) -> in
     linear_bits = 8 if is_stored_as_int8 else _QUANTIZED_BITS.get(quantization, bits)
     sizes = {name: prod(shape) for name, shape in tensor_shapes(model).items()}
     of_layers = sum(size for name, size in sizes.items() if name.endswith(_LINEAR_SUFFIX))
-    # A head that is the embedding is packed for itself.
-    others = sum(sizes.values()) - of_layers + (sizes[_EMBEDDING] if model.tie_word_embeddings else 0)
-    return (of_layers * linear_bits + others * bits) // 8
+    # A head that is the embedding is packed for itself, and every head once more in int8.
+    of_head = sizes.setdefault(_HEAD, sizes[_EMBEDDING])
+    others = sum(sizes.values()) - of_layers
+    return (of_layers * linear_bits + others * bits) // 8 + of_head
 
 
 def check_memory(

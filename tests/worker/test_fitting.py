@@ -114,5 +114,7 @@ def test_layers_count_as_they_are_stored_and_the_rest_as_the_model_computes(
     query, kv = MODEL.num_heads * MODEL.head_dim, MODEL.num_kv_heads * MODEL.head_dim
     layers = MODEL.num_layers * hidden * (2 * query + 2 * kv + 3 * inner)
     others = 2 * vocabulary * hidden + (2 * MODEL.num_layers + 1) * hidden  # a tied head is packed beside the embedding
-    counted = weight_bytes(MODEL, dtype=dtype, quantization=quantization)
-    assert counted == (layers * layer_bits + others * bits) // 8
+    copy = vocabulary * hidden  # of the head, in int8
+    counted = partial(weight_bytes, dtype=dtype, quantization=quantization)
+    assert counted(MODEL) == counted(replace(MODEL, tie_word_embeddings=False))
+    assert counted(MODEL) == (layers * layer_bits + others * bits) // 8 + copy

@@ -63,6 +63,41 @@ def test_only_what_a_layer_has_is_kept_and_it_is_not_copied() -> None:
     assert backend.packing.restore(kept).buffers.panels is kept["panels"]
 
 
+def make_head(backend: CpuBackend) -> Linear:
+    """A layer with a screen, of a size that fills no panel."""
+    return backend.prepare_head(torch.randn(37, 19, generator=torch.Generator().manual_seed(5)))
+
+
+def test_a_restored_head_has_its_screen() -> None:
+    backend, other = CpuBackend(threads=1), CpuBackend(threads=2)
+    kept = dict(backend.packing.tensors(head := make_head(backend)))
+    assert list(kept) == ["shape", "panels", "coarse_panels", "coarse_scales", "errors"]
+    restored = other.packing.restore(kept)
+    again = other.packing.tensors(restored)
+    assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+    x = torch.randn(3, 19, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(restored(x), head(x))
+
+
+CHANGES_OF_SCREEN: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "no-panels": (lambda kept: kept.pop("coarse_panels"), "panels are"),
+    "short-panels": (lambda kept: kept.update(coarse_panels=kept["coarse_panels"][64:]), "panels are"),
+    "no-scales": (lambda kept: kept.pop("coarse_scales"), "scales are"),
+    "short-errors": (lambda kept: kept.update(errors=kept["errors"][:37].clone()), "errors are"),
+    "other-errors": (lambda kept: kept.update(errors=kept["errors"].double()), "errors are"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_SCREEN)
+def test_tensors_that_are_not_a_screens_are_refused(change: str) -> None:
+    backend = CpuBackend(threads=1)
+    kept = dict(backend.packing.tensors(make_head(backend)))
+    alter, message = CHANGES_OF_SCREEN[change]
+    alter(kept)
+    with pytest.raises(ValueError, match=message):
+        backend.packing.restore(kept)
+
+
 CHANGES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "no-shape": (lambda kept: kept.pop("shape"), "has a shape of"),
     "short-shape": (lambda kept: kept.update(shape=torch.tensor([2, 19])), "has a shape of"),
