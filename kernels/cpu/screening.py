@@ -2,8 +2,8 @@
 
 With w an output's weights, c the copy's, K inputs and u = 2^-24: a sum in float32 in any order, products fused or
 rounded, is off by at most K u / (1 - K u) times |w| |x|, so is the copy's by |c| |x|, and the exact outputs differ by
-at most |w - c| |x|. Twice the share of the sums covers the roundings of the bounds themselves. Higham 2002, "Accuracy
-and Stability of Numerical Algorithms", section 3.1, with Cauchy and Schwarz.
+at most |w - c| |x|. Twice the share of the sums covers the roundings of the bounds themselves, which are float32 too.
+Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1, with Cauchy and Schwarz.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,9 @@ def coarse_copy(weight: Tensor) -> CoarseCopy:
 
 
 def _copy(weight: Tensor) -> CoarseCopy:
+    weight, inputs = weight.float(), weight.shape[1]
     integers, scales = quantize_rows(weight)
-    left = (weight.double() - integers.double() * scales.double()[:, None]).norm(dim=1)
-    of_sums = 4 * (weight.shape[1] + 16) * 2.0**-24 * (weight.double().norm(dim=1) + left)
-    return CoarseCopy(integers, scales, torch.nextafter((left + of_sums).float(), torch.tensor(torch.inf)))
+    lost = torch.linalg.vector_norm(torch.addcmul(weight, integers.float(), scales[:, None], value=-1), dim=1)
+    of_sums = 4 * (inputs + 16) * 2.0**-24 * (torch.linalg.vector_norm(weight, dim=1) + lost)
+    of_squares = inputs**0.5 * 2.0**-62  # of numbers so small that theirs are 0
+    return CoarseCopy(integers, scales, torch.nextafter(lost + of_sums + of_squares, torch.tensor(torch.inf)))
