@@ -110,7 +110,10 @@ class EngineThread:
         return future
 
     def ask(self, function: Callable[[Engine], T]) -> "Future[T]":
-        """Likewise for a `function` that changes nothing of what is to be computed: no step makes way for it."""
+        """Has `function`, which changes nothing of what is to be computed, carried out between two steps.
+
+        Likewise but for that: steps that are begun ahead do not make way for it.
+        """
         future: Future[T] = Future()
 
         def run(engine: Engine) -> None:

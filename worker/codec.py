@@ -97,7 +97,7 @@ def sampling_from_proto(message: common_pb2.SamplingParams, *, eos_token_ids: It
     if not message.ignore_eos:
         stop_token_ids |= frozenset(eos_token_ids)
     return SamplingParams(
-        temperature=message.temperature,
+        temperature=message.temperature + 0.0,  # never -0.0
         top_k=message.top_k,
         top_p=message.top_p,
         seed=message.seed,

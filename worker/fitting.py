@@ -19,6 +19,7 @@ _QUANTIZED_BITS = {"int8": 8, "int8-weight": 8, "int4": 4}
 def weight_bytes(model: ModelConfig, *, dtype: KVDtype, quantization: str) -> int:
     """What a model's weights take when they are ready, in memory or mapped: no less, since packing rounds sizes up.
 
+    The copy of the head counts whoever asks it, or nobody: a worker with one thread, or a head that has none.
     Those of a checkpoint that is quantized already take what they take, whatever `quantization` is.
     """
     bits = 8 * TORCH_DTYPES[dtype].itemsize

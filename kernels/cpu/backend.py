@@ -18,8 +18,9 @@ from kernels.cpu import LIBRARY_PATH, sampling
 from kernels.cpu import library as abi
 from kernels.cpu.background import CpuBackgroundStep
 from kernels.cpu.library import InstructionSet, WeightKind, check, matrix, pages_of_layer, rows
-from kernels.cpu.linear import CpuLinear, CpuPacking, interleave, pack, pack_with_screen
+from kernels.cpu.linear import CpuLinear, interleave, pack, pack_with_screen
 from kernels.cpu.memory import WeightMemory
+from kernels.cpu.packing import CpuPacking
 from kernels.cpu.step import CompiledStep
 from kernels.reference import rope_tables
 from kernels.rope import Rope

@@ -115,7 +115,7 @@ class PackedWeight(Structure):
 class Screen(Structure):
     """See `abi.h`."""
 
-    _fields_ = (("coarse", PackedWeight), ("errors", c_void_p))
+    _fields_ = (("coarse", PackedWeight), ("errors", c_void_p), ("num_unasked", c_void_p))
 
 
 class Pages(Structure):
@@ -252,6 +252,7 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "rotate_and_write": (c_int32, (*_CALL, POINTER(RotateArguments), POINTER(Pages), c_int64)),
     "step": (c_int32, (*_CALL, POINTER(StepProgram), POINTER(StepCall))),
     "step_job_bytes": (c_int64, ()),
+    "step_operation_bytes": (c_int64, ()),
     "step_begin": (c_int32, (POINTER(StepJob),)),
     "step_finish": (c_int32, (POINTER(StepJob),)),
     "log_softmax": (c_int32, (*_CALL, _MATRIX, _MATRIX)),
@@ -279,7 +280,8 @@ def load(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
         except AttributeError as error:
             raise BackendUnavailableError(f"the CPU kernels have no {name}, they are old: run `make setup`") from error
         function.restype, function.argtypes = result, arguments
-    if library.staffetta_step_job_bytes() != ctypes.sizeof(StepJob):
+    sizes = library.staffetta_step_job_bytes(), library.staffetta_step_operation_bytes()
+    if sizes != (ctypes.sizeof(StepJob), ctypes.sizeof(StepOperation)):
         raise BackendUnavailableError("the CPU kernels have another layout of a step, they are old: run `make setup`")
     return library
 

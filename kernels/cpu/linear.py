@@ -1,12 +1,10 @@
-"""Linear layers of the compiled kernels: weights packed in panels, and how packed weights are kept between processes.
+"""Linear layers of the compiled kernels: weights packed in panels, and for heads what tells the largest output sooner.
 
 Packing happens once, when a model is loaded; what it makes does not depend on the number of threads. A layer reads its
 buffers and never writes them: they may be read-only memory that several processes share.
 """
 
-import hashlib
-from collections.abc import Mapping
-from ctypes import CDLL, byref
+from ctypes import addressof, byref, c_int32
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.backend import Linear
 from kernels.cpu import library as abi
 from kernels.cpu.library import WeightKind, check, matrix, rows
 from kernels.cpu.screening import MOST_ERROR, coarse_copy
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
 
 PANEL = 32
 """Outputs of a panel."""
-
-PACKING_VERSION = 2
-"""Grows when this module gives its buffers another meaning; what the library does with them is told by its digest."""
 
 _MAX_INT8_INPUTS = (2**31 - 1) // (127 * 128)
 """Products of two int8 are summed in int32, exactly as long as there are no more of them than this."""
@@ -76,7 +70,7 @@ class Screen(NamedTuple):
 
 
 class CpuLinear:
-    """A linear layer in panels of 32 outputs, with its epilogue. Immutable."""
+    """A linear layer in panels of 32 outputs, with its epilogue. Immutable, but for how often its screen is asked."""
 
     def __init__(self, backend: "CpuBackend", buffers: LinearBuffers, screen: Screen | None = None) -> None:
         self._backend = backend
@@ -85,8 +79,10 @@ class CpuLinear:
         self.out_features = buffers.out_features
         self.packed = buffers.described()
         self.screened = abi.Screen()
+        self._num_unasked = c_int32(0)  # changed by whoever computes
         if screen is not None:
-            self.screened = abi.Screen(screen.coarse.described(), screen.errors.data_ptr())
+            unasked = addressof(self._num_unasked)
+            self.screened = abi.Screen(screen.coarse.described(), screen.errors.data_ptr(), unasked)
 
     def __call__(self, x: Tensor, *, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Computes rows; contract of `kernels.backend.Linear`. Raises ValueError for rows of another width."""
@@ -133,7 +129,7 @@ def pack_with_screen(backend: "CpuBackend", weight: Tensor, *, kind: WeightKind)
     if not (errors < MOST_ERROR).all():  # NaN is not
         return CpuLinear(backend, buffers)
     coarse = _pack(backend, integers, None, kind=WeightKind.INT8_ONLY, scales=scales, gated_outputs=None)
-    return CpuLinear(backend, buffers, Screen(coarse, _in_panels(errors, _padded(len(errors)))))
+    return CpuLinear(backend, buffers, Screen(coarse, _in_panels(errors, padded_to(len(errors)))))
 
 
 def _pack(
@@ -146,8 +142,8 @@ def _pack(
     gated_outputs: int | None,
 ) -> LinearBuffers:
     outputs, inputs = weight.shape
-    _check_inputs(kind, inputs)
-    padded = _padded(outputs)
+    check_inputs(kind, inputs)
+    padded = padded_to(outputs)
     if kind in _QUANTIZE and scales is None:
         weight, scales = _QUANTIZE[kind](weight)
     buffers = LinearBuffers(
@@ -156,7 +152,7 @@ def _pack(
         outputs=outputs,
         out_features=outputs if gated_outputs is None else gated_outputs,
         panels=backend.weight_memory.take(backend.library.staffetta_packed_bytes(kind, outputs, inputs)),
-        scales=torch.empty(_num_scales(kind, inputs, padded)) if scales is None else _in_panels(scales, padded),
+        scales=torch.empty(num_scales(kind, inputs, padded)) if scales is None else _in_panels(scales, padded),
         sums=torch.empty(padded if kind is WeightKind.INT8 else 0, dtype=torch.int32),
         bias=torch.empty(0) if bias is None else functional.pad(bias.float(), (0, padded - outputs)),
     )
@@ -192,105 +188,16 @@ def interleave(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([tensor.view(-1, half, tensor.shape[1]) for tensor in padded], dim=1).flatten(0, 2)
 
 
-class CpuPacking:
-    """Layers as named tensors and back: the `kernels.backend.Packing` of the compiled kernels."""
-
-    def __init__(self, backend: "CpuBackend", library: bytes) -> None:
-        """`library` is the shared library's content."""
-        self._backend = backend
-        self._digest = hashlib.blake2b(library, digest_size=16).hexdigest()
-
-    @property
-    def version(self) -> str:
-        """Another one for every build of the library: no hand needs to remember that a layout has changed."""
-        return f"panels {PACKING_VERSION} {self._digest}"
-
-    def tensors(self, layer: Linear) -> dict[str, Tensor]:
-        """The layer's buffers that are not empty, and its numbers as `shape`, [4], int64. Shares their memory."""
-        if not isinstance(layer, CpuLinear):
-            raise TypeError(f"{layer!r} is no linear layer of the compiled kernels")
-        own = layer.buffers
-        shape = torch.tensor([own.kind, own.inputs, own.outputs, own.out_features])
-        named = {"panels": own.panels, "scales": own.scales, "sums": own.sums, "bias": own.bias}
-        if layer.screen is not None:
-            coarse, bounds = layer.screen
-            named |= {"coarse_panels": coarse.panels, "coarse_scales": coarse.scales, "errors": bounds}
-        return {"shape": shape} | {name: tensor for name, tensor in named.items() if len(tensor)}
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> CpuLinear:
-        """A layer over `tensors`, which it keeps. Raises ValueError unless they are what `tensors` returns for one."""
-        shape = tensors.get("shape", torch.empty(0))
-        if shape.dtype is not torch.int64 or shape.shape != (4,):
-            raise ValueError(f"a packed layer has a shape of {shape.dtype} {list(shape.shape)}")
-        number, inputs, outputs, out_features = shape.tolist()
-        kind = WeightKind(number)
-        _check_inputs(kind, inputs)
-        is_gated = out_features != outputs
-        if outputs < 0 or (is_gated and outputs != 2 * _padded(out_features, PANEL // 2)):
-            raise ValueError(f"a packed layer has {outputs} rows for {out_features} outputs")
-        buffers = LinearBuffers(
-            kind=kind,
-            inputs=inputs,
-            outputs=outputs,
-            out_features=out_features,
-            panels=tensors.get("panels", torch.empty(0, dtype=torch.uint8)),
-            scales=tensors.get("scales", torch.empty(0)),
-            sums=tensors.get("sums", torch.empty(0, dtype=torch.int32)),
-            bias=tensors.get("bias", torch.empty(0)),
-        )
-        _check(buffers, self._backend.library)
-        return CpuLinear(self._backend, buffers, self._restore_screen(buffers, tensors))
-
-    def _restore_screen(self, buffers: LinearBuffers, tensors: Mapping[str, Tensor]) -> Screen | None:
-        """The screen of the layer of `buffers`, if `tensors` have one."""
-        bounds, nothing = tensors.get("errors"), torch.empty(0)
-        if bounds is None:
-            return None
-        coarse = LinearBuffers(
-            kind=WeightKind.INT8_ONLY,
-            inputs=buffers.inputs,
-            outputs=buffers.outputs,
-            out_features=buffers.outputs,
-            panels=tensors.get("coarse_panels", nothing),
-            scales=tensors.get("coarse_scales", nothing),
-            sums=nothing.int(),
-            bias=nothing,
-        )
-        _check(coarse, self._backend.library)
-        _check_buffer("errors", bounds, torch.float32, (_padded(buffers.outputs),))
-        return Screen(coarse, bounds)
-
-
-def _check_inputs(kind: WeightKind, inputs: int) -> None:
+def check_inputs(kind: WeightKind, inputs: int) -> None:
+    """Raises ValueError for a weight without inputs, or with too many to be summed."""
     if inputs < 1:
         raise ValueError("a linear layer needs at least one input")
     if kind is WeightKind.INT8 and inputs > _MAX_INT8_INPUTS:
         raise ValueError(f"{inputs} inputs overflow the sums of an INT8 layer; up to {_MAX_INT8_INPUTS} fit")
 
 
-def _check(buffers: LinearBuffers, library: CDLL) -> None:
-    """Raises ValueError unless every buffer has the type and size that the kernels read."""
-    padded = _padded(buffers.outputs)
-    num_scales = _num_scales(buffers.kind, buffers.inputs, padded)
-    num_sums = padded if buffers.kind is WeightKind.INT8 else 0
-    packed_bytes = library.staffetta_packed_bytes(buffers.kind, buffers.outputs, buffers.inputs)
-    expected = (
-        ("panels", buffers.panels, torch.uint8, (packed_bytes,)),
-        ("scales", buffers.scales, torch.float32, (num_scales,)),
-        ("sums", buffers.sums, torch.int32, (num_sums,)),
-        ("bias", buffers.bias, torch.float32, (0, padded)),
-    )
-    for name, tensor, dtype, sizes in expected:
-        _check_buffer(name, tensor, dtype, sizes)
-
-
-def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    is_plain = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype is dtype
-    if not is_plain or len(tensor) not in sizes:
-        raise ValueError(f"a packed layer's {name} are {tensor.dtype} {list(tensor.shape)}, not {dtype} {sizes}")
-
-
-def _num_scales(kind: WeightKind, inputs: int, padded: int) -> int:
+def num_scales(kind: WeightKind, inputs: int, padded: int) -> int:
+    """Scales of a weight of so many outputs, padded to whole panels."""
     match kind:
         case WeightKind.INT8 | WeightKind.INT8_ONLY:
             return padded
@@ -300,5 +207,6 @@ def _num_scales(kind: WeightKind, inputs: int, padded: int) -> int:
             return 0
 
 
-def _padded(count: int, unit: int = PANEL) -> int:
+def padded_to(count: int, unit: int = PANEL) -> int:
+    """The least multiple of `unit` that is not below `count`."""
     return -(-count // unit) * unit

@@ -167,7 +167,7 @@ class _Recorder:
                 inputs=(source, self._residual(residual, part)),
                 outputs=(part,),
                 weight=layer.packed,
-                screen=layer.screened,
+                screen=layer.screened if residual is None and dtype is torch.float32 else Screen(),
             )
         )
         return out

@@ -1,9 +1,13 @@
 """A layer's weights in int8, and how far its outputs may be from the copy's: what `src/largest.h` rules outputs out by.
 
-With w an output's weights, c the copy's, K inputs and u = 2^-24: a sum in float32 in any order, products fused or
-rounded, is off by at most K u / (1 - K u) times |w| |x|, so is the copy's by |c| |x|, and the exact outputs differ by
-at most |w - c| |x|. Twice the share of the sums covers the roundings of the bounds themselves, which are float32 too.
-Higham 2002, "Accuracy and Stability of Numerical Algorithms", section 3.1, with Cauchy and Schwarz.
+With w an output's weights, c the copy's, K inputs, u = 2^-24 and |x| between 2^-40 and 2^50:
+
+- A sum in float32 in any order, products fused or rounded, is off by at most K u / (1 - K u) times |w| |x|, and the
+  copy's by |c| |x|; without roundings the two differ by at most |w - c| |x|. Twice the share of the sums covers the
+  roundings of the bounds themselves, and of |x|. Higham 2002, "Accuracy and Stability of Numerical Algorithms",
+  section 3.1, with Cauchy and Schwarz.
+- Some dot products take weights, products and sums below 2^-126 as 0, and norms take squares as 0: less than
+  sqrt(K) 2^-62 |x| is lost by all of that.
 """
 
 from typing import NamedTuple
@@ -20,7 +24,7 @@ _CHUNK_ROWS = 1024
 
 
 class CoarseCopy(NamedTuple):
-    """integers: [N, K], int8. scales: [N], float32. errors: [N], float32, the most that outputs differ for |x| = 1."""
+    """integers: [N, K], int8. scales, errors: [N], float32; an error is the most by which outputs differ, over |x|."""
 
     integers: Tensor
     scales: Tensor
@@ -29,14 +33,19 @@ class CoarseCopy(NamedTuple):
 
 def coarse_copy(weight: Tensor) -> CoarseCopy:
     """Copies weight [N, K], which are floats. Errors are NaN for weights that are not finite."""
-    copies = [_copy(chunk) for chunk in torch.split(weight, _CHUNK_ROWS)]
-    return CoarseCopy(*(torch.cat(parts) for parts in zip(*copies, strict=True)))
+    copy = CoarseCopy(torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight)), torch.empty(len(weight)))
+    for first in range(0, len(weight), _CHUNK_ROWS):
+        rows = slice(first, first + _CHUNK_ROWS)
+        _copy(weight[rows].float(), CoarseCopy(*(part[rows] for part in copy)))
+    return copy
 
 
-def _copy(weight: Tensor) -> CoarseCopy:
-    weight, inputs = weight.float(), weight.shape[1]
+def _copy(weight: Tensor, copy: CoarseCopy) -> None:
+    """Fills `copy` with that of weight [rows, K], float32."""
     integers, scales = quantize_rows(weight)
-    lost = torch.linalg.vector_norm(torch.addcmul(weight, integers.float(), scales[:, None], value=-1), dim=1)
-    of_sums = 4 * (inputs + 16) * 2.0**-24 * (torch.linalg.vector_norm(weight, dim=1) + lost)
-    of_squares = inputs**0.5 * 2.0**-62  # of numbers so small that theirs are 0
-    return CoarseCopy(integers, scales, torch.nextafter(lost + of_sums + of_squares, torch.tensor(torch.inf)))
+    lost, inputs = weight - integers.float() * scales[:, None], weight.shape[1]
+    of_copy, of_weight = (torch.linalg.vector_norm(rows, dim=1) for rows in (lost, weight))
+    of_sums = 4 * (inputs + 16) * 2.0**-24 * (of_weight + of_copy)
+    errors = of_copy + of_sums + inputs**0.5 * 2.0**-62
+    for part, made in zip(copy, (integers, scales, torch.nextafter(errors, torch.tensor(torch.inf))), strict=True):
+        part.copy_(made)

@@ -18,7 +18,7 @@ from engine.models.llama import tensor_shapes
 from engine.request import SampledToken
 from engine.runner import ModelRunner, load_runner
 from engine.weights import StoredWeights
-from kernels.cpu.linear import CpuPacking
+from kernels.cpu.packing import CpuPacking
 from kvtransfer.layout import KVDtype
 from staffetta.cache_dir import CacheDirectory
 from staffetta.identity import model_digest

@@ -81,8 +81,8 @@ int32_t staffetta_linear(int32_t set, int32_t threads, const PackedWeight* weigh
   return guarded([&] { kernels_of(set).linear(*weight, *x, *residual, *out, threads); });
 }
 
-// The layer for whoever looks for the largest output of each row alone: the least number that is finite stands for some of
-// those that are not it. Neither gated nor with a bias; out is float32.
+// The layer for whoever looks for the largest output of each row alone: others may be the least finite number instead of
+// what they are. It is not gated and has no bias; out is float32.
 int32_t staffetta_largest(int32_t set, int32_t threads, const PackedWeight* weight, const Screen* screen,
                           const Matrix* x, const Matrix* out) {
   return guarded([&] { kernels_of(set).largest(*weight, *screen, *x, *out, threads); });

@@ -2,6 +2,7 @@
 // elements. Every function takes the instruction set and the number of threads to use, neither of which may change a
 // bit of the result; a function that can refuse its arguments returns a Status, and then has written nothing.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 // Grows when the bits of any result may have changed.
@@ -40,11 +41,12 @@ struct PackedWeight {
   int32_t gated;  // 1: each panel is 16 gate and 16 up rows, and outputs counts both
 };
 
-// What tells which outputs of a layer may be the largest of a row: its weights once more, as kWeightInt8Only, and of each
-// output, padded to 32, at most how far the two differ for a row of length 1. Absent when coarse.panels is null.
+// What tells which outputs of a layer may be the largest of a row: its weights once more, as kWeightInt8Only, and for each
+// output, padded to 32, the most by which the two differ for a row of norm 1. Absent when coarse.panels is null.
 struct Screen {
   PackedWeight coarse;
   const float* errors;
+  std::atomic<int32_t>* num_unasked;  // calls to come that leave it alone; changed by calls, and by them only
 };
 
 // Heads that may share a KV head.

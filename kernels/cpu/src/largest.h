@@ -1,14 +1,15 @@
-// A linear layer of whose outputs only the largest of each row counts: those that may be it, and the least number that is
-// finite for the others.
+// A linear layer, out[m, n] = sum over k of x[m, k] w[n, k], of which only the largest output of each row counts: those
+// that may be it, and for the others a number that cannot be.
 //
 // A copy of the weights in int8 takes half the bytes or less, and bounds every output: what it gives differs from the
-// output by at most the output's `errors` times the length of x (Cauchy and Schwarz), which covers what the copy's
-// rounding left and what sums in float32 may lose on both sides. An output whose upper bound is below the greatest lower
-// bound is not the largest. The panels that are left, a few of a thousand as a rule, are computed as in any other call,
-// so their bits are the same. Where the bounds rule out too little, all are computed.
-// Bytes: N K, and 32 K b for each panel that is left, instead of N K b.
+// output by at most the output's `errors` times the norm of x, see kernels/cpu/screening.py. An output whose upper bound
+// is below the greatest lower bound is not the largest. The panels that are left, a few of a thousand as a rule, are
+// computed as in any other call, so their bits are the same. Where that rules out too little, all are computed, and some
+// of the next calls do not ask the copy. FLOPs: 2 M N K, and as many as linear.h's for each panel that is left. Bytes: N K,
+// and 32 K b for each panel, instead of N K b.
 #pragma once
 #include <algorithm>
+#include <atomic>
 
 #include "linear.h"
 #include "rows.h"
@@ -17,23 +18,21 @@ namespace STAFFETTA_ISA {
 
 constexpr int64_t kMostScreenedRows = 4;  // more would need many panels between them, and read few weights for each
 constexpr int64_t kSkippedPerLeft = 3;    // panels that must be ruled out for each that is left, or all are computed
-// What sums may lose that take subnormal numbers as 0, beside a row whose length is within these.
-constexpr float kLostBySubnormals = 1e-30f, kShortest = 0x1p-40f, kLongest = 0x1p50f;
-
+constexpr int32_t kCallsUnasked = 64;     // after one in which the copy ruled out too little
+constexpr float kShortest = 0x1p-40f, kLongest = 0x1p50f;  // norms of rows for which errors are bounds
 constexpr float kRuledOut = -std::numeric_limits<float>::max();
 
-// A bit more than the length of a row; NaN or infinity where the row has one.
-inline float length_of_row(const Matrix& x, int64_t row, int threads) {
+// NaN or infinity where the row has one.
+inline float norm_of_row(const Matrix& x, int64_t row, int threads) {
   const int64_t n = x.columns;
   float* values = static_cast<float*>(workspace(Scratch::kPrivate, ceil_div(n, kLanes) * kLanes * sizeof(float)));
   widen(x.dtype, row_of(x, row), n, values);
-  const float squares = sum_lanes(values, n, [](Vec total, Vec v) { return fma(v, v, total); }, threads);
-  return 1.001f * square_root(squares);
+  return square_root(sum_lanes(values, n, [](Vec total, Vec v) { return fma(v, v, total); }, threads));
 }
 
 // Calls f(panel, values, margins) for each vector of a row of coarse outputs; beyond the last one values are -inf.
 template <class F>
-void each_bounded(const Matrix& coarse, int64_t row, const float* errors, float length, F f) {
+void each_bounded(const Matrix& coarse, int64_t row, const float* errors, float norm, F f) {
   const float* outputs = reinterpret_cast<const float*>(row_of(coarse, row));
   for (int64_t begin = 0; begin < coarse.columns; begin += kPanel) {
     const int64_t columns = least(kPanel, coarse.columns - begin);
@@ -44,22 +43,22 @@ void each_bounded(const Matrix& coarse, int64_t row, const float* errors, float 
     }
     for (int v = 0; v < kPanel; v += kWidth)
       f(begin / kPanel, load((columns < kPanel ? part : outputs + begin) + v),
-        fma(load(errors + begin + v), splat(length), splat(kLostBySubnormals)));
+        mul(load(errors + begin + v), splat(norm)));
   }
 }
 
 // Marks the panels in which a row's largest output may be. Returns whether the bounds hold for it.
 inline bool mark_panels(const Matrix& x, const Matrix& coarse, int64_t row, const float* errors, char* marks,
                         int threads) {
-  const float length = length_of_row(x, row, threads);
-  if (!(length >= kShortest && length <= kLongest)) return false;
+  const float norm = norm_of_row(x, row, threads);
+  if (!(norm >= kShortest && norm <= kLongest)) return false;
   Vec lower = splat(kMinusInfinity);
-  each_bounded(coarse, row, errors, length,
+  each_bounded(coarse, row, errors, norm,
                [&](int64_t, Vec values, Vec margins) { lower = max(sub(values, margins), lower); });
   float lanes[kWidth];
   store(lanes, lower);
   const Vec greatest = splat(*std::max_element(lanes, lanes + kWidth));
-  each_bounded(coarse, row, errors, length, [&](int64_t panel, Vec values, Vec margins) {
+  each_bounded(coarse, row, errors, norm, [&](int64_t panel, Vec values, Vec margins) {
     if (lanes_not_below(add(values, margins), greatest)) marks[panel] = 1;
   });
   return true;
@@ -75,7 +74,7 @@ inline void rule_out(const Matrix& out, const char* marks) {
   }
 }
 
-// Whether it is done; otherwise out is as good as uninitialized.
+// Whether it is done; otherwise out is as good as uninitialized. Rows are few enough to be one block.
 inline bool compute_largest(const PackedWeight& w, const Screen& screen, const Matrix& x, const Matrix& out,
                             int threads) {
   linear(screen.coarse, x, Matrix{}, out, threads);
@@ -88,7 +87,10 @@ inline bool compute_largest(const PackedWeight& w, const Screen& screen, const M
     if (!mark_panels(x, out, row, screen.errors, marks, threads)) return false;
   for (int64_t panel = 0; panel < num_panels; ++panel)
     if (marks[panel]) left[num_left++] = panel;
-  if (num_left * (kSkippedPerLeft + 1) > num_panels) return false;
+  if (num_left * (kSkippedPerLeft + 1) > num_panels) {
+    screen.num_unasked->store(kCallsUnasked, std::memory_order_relaxed);
+    return false;
+  }
   const Matrix no_residual{};
   with_weights(w, x.dtype, [&](auto weights) {
     LinearCall call = plan<decltype(weights)>(w, x, no_residual, out);
@@ -101,10 +103,17 @@ inline bool compute_largest(const PackedWeight& w, const Screen& screen, const M
   return true;
 }
 
+// Whether the copy is to be asked; not for a while after it was asked in vain.
+inline bool is_worth_asking(const Screen& screen) {
+  const int32_t num_left = screen.num_unasked->load(std::memory_order_relaxed);
+  if (num_left > 0) screen.num_unasked->store(num_left - 1, std::memory_order_relaxed);
+  return num_left <= 0;
+}
+
 // out: [rows, N], float32.
 inline void largest(const PackedWeight& w, const Screen& screen, const Matrix& x, const Matrix& out, int threads) {
-  if (x.rows == 0 || x.rows > kMostScreenedRows || !compute_largest(w, screen, x, out, threads))
-    linear(w, x, Matrix{}, out, threads);
+  const bool is_asked = x.rows > 0 && x.rows <= kMostScreenedRows && is_worth_asking(screen);
+  if (!is_asked || !compute_largest(w, screen, x, out, threads)) linear(w, x, Matrix{}, out, threads);
 }
 
 }  // namespace STAFFETTA_ISA

@@ -140,11 +140,11 @@ bool draws_largest(const StepJob& job) {
 
 int32_t compute(const StepJob& job) {
   const Step step(job.set, job.threads, *job.call);
-  const bool is_screened = draws_largest(job);
+  const bool asks_largest = draws_largest(job);
   for (int64_t number = 0; number < job.program->num_operations; ++number) {
     if (job.is_unwanted.load(std::memory_order_relaxed)) return kNotRun;
     const StepOperation& op = job.program->operations[number];
-    const int32_t status = is_screened && op.screen.coarse.panels ? step.largest(op) : step.run(op);
+    const int32_t status = asks_largest && op.screen.coarse.panels ? step.largest(op) : step.run(op);
     if (status != kOk) return status;
   }
   return staffetta_sample(job.set, job.threads, &job.logits, job.draws, job.num_draws, job.drawn_ids, job.tokens);
@@ -173,8 +173,9 @@ int32_t staffetta_step(int32_t set, int32_t threads, const StepProgram* program,
   return kOk;
 }
 
-// For whoever lays a job out in another language.
+// For whoever lays jobs and operations out in another language.
 int64_t staffetta_step_job_bytes() { return sizeof(StepJob); }
+int64_t staffetta_step_operation_bytes() { return sizeof(StepOperation); }
 
 // Has the calling thread's driver compute the step, and returns at once. Everything that the job points to must stay
 // until staffetta_step_finish has returned, and what it follows until it is begun.

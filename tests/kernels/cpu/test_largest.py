@@ -117,26 +117,30 @@ def test_of_equal_outputs_the_first_is_found(backend: CpuBackend) -> None:
     assert found[0, 77] == found[0, 2001] == found[0, 4095] == 192
 
 
-SPECIAL = {
-    "zeros": 0.0,
-    "too small": 1e-30,
-    "too large": 1e30,
-    "an infinity": torch.inf,
-    "a NaN": torch.nan,
-}
-
-
-@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(
+    "row",
+    [numbers(64) * 0, numbers(64) * 2.0**-45, numbers(64) * 2.0**55, numbers(64) / 0, numbers(64) * torch.nan],
+    ids=["zeros", "too short", "too long", "infinite", "not a number"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_where_the_bounds_say_nothing_all_are_computed(backend: CpuBackend, dtype: torch.dtype, special: str) -> None:
+def test_where_the_bounds_say_nothing_all_are_computed(backend: CpuBackend, dtype: torch.dtype, row: Tensor) -> None:
     layer = backend.prepare_head(numbers(4096, 64).to(dtype))
-    x = numbers(3, 64).to(dtype)
-    if special.startswith("a"):
-        x[1, 7] = SPECIAL[special]
-    else:
-        x[1] *= SPECIAL[special]
-    found, expected = largest(backend, layer, x), exact(layer, x)
+    x = numbers(3, 64, seed=2)
+    x[1] = row
+    found, expected = largest(backend, layer, x.to(dtype)), exact(layer, x.to(dtype))
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("exponent", [15, 24, 30, 48])
+def test_weights_that_dot_products_take_as_0_are_allowed_for(backend: CpuBackend, exponent: int) -> None:
+    weight = torch.zeros(4096, 1024)
+    weight[100] = 2.0**-126 * 127 / 128  # subnormal: 0 to some instructions, and not to the copy
+    weight[3000, :512] = 2.0**-126
+    weight[100, 0] = weight[3000, 0] = 2.0**-121
+    x = torch.full((1, 1024), 2.0**exponent / 32)
+    x[0, 0] = 0.0
+    layer = backend.prepare_head(weight.bfloat16())
+    has_the_largest(largest(backend, layer, x.bfloat16()), exact(layer, x.bfloat16()))
 
 
 def test_where_too_few_are_ruled_out_all_are_computed(backend: CpuBackend) -> None:
@@ -146,6 +150,19 @@ def test_where_too_few_are_ruled_out_all_are_computed(backend: CpuBackend) -> No
     x[0, 0] = 0.0
     layer = backend.prepare_head(weight)
     assert torch.equal(largest(backend, layer, x), exact(layer, x))
+
+
+def test_a_copy_that_was_asked_in_vain_is_not_asked_in_64_calls(backend: CpuBackend) -> None:
+    weight, in_vain, x = numbers(4096, 64), torch.zeros(1, 64), numbers(1, 64, seed=2)
+    weight[2000:, 0] = 100.0
+    in_vain[0, 1] = 1e-6
+    in_vain[0, 0] = 1.0
+    layer = backend.prepare_head(weight)
+    assert (largest(backend, layer, x) == RULED_OUT).any()
+    assert torch.equal(largest(backend, layer, in_vain), exact(layer, in_vain))
+    for _ in range(64):
+        assert torch.equal(largest(backend, layer, x), exact(layer, x))
+    assert (largest(backend, layer, x) == RULED_OUT).any()
 
 
 def test_for_more_rows_all_are_computed(backend: CpuBackend) -> None:

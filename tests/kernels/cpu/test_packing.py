@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.backend import Linear, WeightFormat, select
 from kernels.cpu.backend import CpuBackend
-from kernels.cpu.linear import CpuPacking
+from kernels.cpu.packing import CpuPacking
 from kernels.reference import ReferenceBackend
 
 KINDS = {
