@@ -1,5 +1,6 @@
 """What crosses the wire comes back as it was."""
 
+import math
 from typing import TypeVar
 
 import pytest
@@ -88,6 +89,11 @@ def test_sampling_parameters_reach_the_engine_one_by_one() -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.25, 7, 2**64 - 1)
     assert (sampling.max_tokens, sampling.min_tokens, sampling.num_logprobs) == (9, 2, 0)
     assert sampling.stop_token_ids == {1, 2, 5, 6}
+
+
+def test_a_temperature_of_0_has_no_sign() -> None:
+    sampling = sampling_from_proto(common_pb2.SamplingParams(temperature=-0.0), eos_token_ids=[])
+    assert math.copysign(1.0, sampling.temperature) == 1.0
 
 
 def test_ignored_ends_of_sequence_leave_the_stop_tokens_asked_for() -> None:
