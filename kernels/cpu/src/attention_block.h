@@ -122,14 +122,9 @@ void stage_stripes(const RowBlock& block, int64_t tile, int64_t offset, float* s
   }
 }
 
-// What is fetched while a tile is computed with: its values, the next tile's keys.
-struct Fetched {
-  Fetcher values, keys;
-};
-
 // A strip of a block against a tile whose keys are turned. Type is that of the tile's rows.
 template <class Type, int kRows>
-void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const TileRows& rows, Fetched& fetched,
+void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const TileRows& rows, Fetcher& fetcher,
                   Tiles& tiles) {
   constexpr int64_t kKeys = ValuesOf<Type>::kKeys;
   const int64_t dim = block.padded_dim;
@@ -141,8 +136,7 @@ void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const Tile
   if (hi[kRows - 1] <= 0 || lo[0] >= kTile) return;
   const Running& state = tiles.split;
   float *weights = tiles.weights, *values = state.values + begin * dim;
-  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, dim, tiles.keys, block.pages.head_dim, weights,
-                               fetched.values);
+  score<KeysOf<Type>, kRows>(tiles.query + begin * dim, dim, tiles.keys, block.pages.head_dim, weights, fetcher);
   float largest[kRows];
   SumStep steps[kRows];
   const auto each_seeing_row = [&](auto f) {
@@ -150,19 +144,21 @@ void attend_strip(const RowBlock& block, int64_t begin, int64_t tile, const Tile
       if (lo[r] < hi[r]) f(r, weights + r * kTile);
   };
   each_seeing_row([&](int r, float* row) {
+    fetcher.lines<32 / kRows>();
     largest[r] = finish_scores(row, lo[r], hi[r], block.call.scale, block.call.soft_cap);
   });
   each_seeing_row([&](int r, float* row) {
+    fetcher.lines<32 / kRows>();
     steps[r] = soften<ValuesOf<Type>>(row, largest[r], state.maximum[begin + r], values + r * dim, dim);
   });
   each_seeing_row([&](int r, float*) { state.sum[begin + r] = steps[r].after(state.sum[begin + r]); });
   // Rows go together over the steps whose keys all of them see, each by itself before and after.
   const auto weigh_alone = [&](int r, int64_t from, int64_t to) {
-    if (from < to) weigh<Type, 1>(weights + r * kTile, rows, fetched.keys, from, to, values + r * dim, dim);
+    if (from < to) weigh<Type, 1>(weights + r * kTile, rows, fetcher, from, to, values + r * dim, dim);
   };
   const int64_t all_lo = ceil_div(lo[kRows - 1], kKeys) * kKeys, all_hi = most(hi[0] / kKeys * kKeys, all_lo);
   for (int r = 0; r < kRows; ++r) weigh_alone(r, lo[r], least(all_lo, hi[r]));
-  if (all_lo < all_hi) weigh<Type, kRows>(weights, rows, fetched.keys, all_lo, all_hi, values, dim);
+  if (all_lo < all_hi) weigh<Type, kRows>(weights, rows, fetcher, all_lo, all_hi, values, dim);
   for (int r = 0; r < kRows; ++r) weigh_alone(r, all_hi, hi[r]);
 }
 
@@ -171,13 +167,12 @@ template <class Type>
 void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
   const int64_t bytes = most(block.padded_dim * KeysOf<Type>::kBytes, kLine);
   touch(next);
-  Fetched fetched{{rows.values, rows.value_bytes, bytes, rows.keys[kStripes - 1]},
-                  {next.keys, next.key_bytes, bytes, rows.values[kStripes - 1]}};
-  turn_keys<KeysOf<Type>>(rows, bytes, tiles.keys, fetched.values);
+  Fetcher fetcher(rows, next, bytes);
+  turn_keys<KeysOf<Type>>(rows, bytes, tiles.keys, fetcher);
   for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
     const int64_t begin = block.strip_begin(strip);
     with_rows<kAttentionRows>(block.strip_begin(strip + 1) - begin, [&](auto count) {
-      attend_strip<Type, decltype(count)::value>(block, begin, tile, rows, fetched, tiles);
+      attend_strip<Type, decltype(count)::value>(block, begin, tile, rows, fetcher, tiles);
     });
   }
 }

@@ -27,47 +27,56 @@ inline void touch(const TileRows& tile) {
   }
 }
 
-// Fetches a tile's keys or values, a few lines at a time, while others are computed with: few query rows need bytes
-// sooner than memory gives them, and memory gives most when it is asked at an even pace. Rows that touch are one run.
-// A processor that waits for as much as it can forgets what else it is asked for, so each line is asked for once more,
-// a run later; those of the last run by the fetcher that comes next, which is told where that run lies.
+// Fetches a tile's values and then the next tile's keys, a few lines at a time, while others are computed with: few
+// query rows need bytes sooner than memory gives them, and memory gives most when it is asked at an even pace. A
+// processor that waits for as much as it can forgets what else it is asked for, and to ask costs less than to wait
+// where a line is needed: so each is asked for kTimes, again whenever a later run is. For the last runs of keys the
+// next tile's fetcher does that.
 class Fetcher {
  public:
-  Fetcher(const char* const (&stripes)[kStripes], int64_t row_step, int64_t row_bytes, const char* before)
-      : stripes_(stripes),
-        row_step_(row_step),
-        runs_(row_step == row_bytes ? 1 : kStripe),
-        run_bytes_(row_bytes * kStripe / runs_),
-        begin_(before) {}
+  // Rows are row_bytes long; where they touch, kRunRows are a run.
+  Fetcher(const TileRows& tile, const TileRows& next, int64_t row_bytes)
+      : tile_(tile), next_(next), row_bytes_(row_bytes) {
+    const int64_t rows = run_rows(tile.key_bytes);
+    for (int i = 0; i + 1 < kTimes; ++i) runs_[i] = row_at(tile.keys, tile.key_bytes, kTile - (i + 1) * rows);
+  }
   // The next kLines lines, or none when all are fetched. A run's last may go beyond it.
   template <int kLines>
   inline __attribute__((always_inline)) void lines() {
-    if (at_ >= end_ && !begin_run()) return;
-#pragma GCC unroll 8
-    for (int i = 0; i < kLines; ++i) {
-      __builtin_prefetch(at_ + i * kLine);
-      __builtin_prefetch(at_ + to_last_run_ + i * kLine);
+    if (at_ >= run_bytes_) {
+      if (row_ == 2 * kTile) return;
+      begin_run();
     }
+#pragma GCC unroll 32
+    for (int i = 0; i < kLines; ++i)
+#pragma GCC unroll 8
+      for (const char* run : runs_) __builtin_prefetch(run + at_ + i * kLine);
     at_ += kLines * kLine;
   }
 
  private:
-  bool begin_run() {
-    if (run_ == kStripes * runs_) return false;
-    at_ = stripes_[run_ / runs_] + run_ % runs_ * row_step_;
-    end_ = at_ + run_bytes_;
-    to_last_run_ = begin_ - at_;
-    begin_ = at_;
-    ++run_;
-    return true;
+  static constexpr int kTimes = 5, kRunRows = kStripe / 2;
+
+  static const char* row_at(const char* const (&stripes)[kStripes], int64_t step, int64_t row) {
+    return stripes[row / kStripe] + row % kStripe * step;
+  }
+  int64_t run_rows(int64_t step) const { return step == row_bytes_ ? kRunRows : 1; }
+  // Not inline: the loops that fetch need their registers.
+  __attribute__((noinline)) void begin_run() {
+    const bool is_value = row_ < kTile;
+    const int64_t step = is_value ? tile_.value_bytes : next_.key_bytes, rows = run_rows(step);
+    for (int i = kTimes - 1; i > 0; --i) runs_[i] = runs_[i - 1];
+    runs_[0] = row_at(is_value ? tile_.values : next_.keys, step, row_ % kTile);
+    run_bytes_ = rows * row_bytes_;
+    at_ = 0;
+    row_ += rows;
   }
 
-  const char* const (&stripes_)[kStripes];
-  int64_t row_step_, runs_, run_bytes_;        // runs of a stripe
-  int64_t run_ = 0;                            // the next of the tile's
-  const char* begin_;                          // of the one before it,
-  const char *at_ = nullptr, *end_ = nullptr;  // what is left of that,
-  int64_t to_last_run_ = 0;                    // and how far from it the one before that lies
+  const TileRows &tile_, &next_;
+  const int64_t row_bytes_;
+  const char* runs_[kTimes];        // the one that is asked for, and those before it
+  int64_t at_ = 0, run_bytes_ = 0;  // how much of it is
+  int64_t row_ = 0;                 // the first after it: of the tile's values, then of the next one's keys
 };
 
 }  // namespace STAFFETTA_ISA

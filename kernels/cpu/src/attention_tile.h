@@ -1,7 +1,7 @@
 // One tile of attention: 64 keys and values against a strip of query rows. Order and sources are in attention.h.
 //
-// Keys are turned, so that scores vectorise over keys; values are used as they lie. While keys are turned and
-// multiplied, the tile's values are fetched; while values are added up, the next tile's keys.
+// Keys are turned, so that scores vectorise over keys; values are used as they lie. Meanwhile the tile's values are
+// fetched, then the next tile's keys.
 #pragma once
 #include <cstddef>
 #include <type_traits>
@@ -83,8 +83,8 @@ using KeysOf = std::conditional_t<std::is_same_v<Type, BF16>, PairKeys, FloatKey
 // Columns that go together, in vectors: as many sums as there are registers for.
 constexpr int vecs_of(int rows) { return rows <= kAttentionRows / 2 ? 4 : 2; }
 
-// Turns the keys of a tile, rows of at least kLine bytes, a multiple of 4. Meanwhile fetches its values: half of them
-// where keys are pairs, for such a tile is multiplied too soon to wait with nothing on its way; all where it is floats.
+// Turns the keys of a tile, rows of at least kLine bytes, a multiple of 4. Meanwhile fetches half of its values where
+// keys are pairs, for such a tile is multiplied too soon to wait with nothing on its way; all where it is floats.
 template <class Keys>
 void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys, Fetcher& fetcher) {
   constexpr int64_t kSquare = kWidth * sizeof(float);
@@ -100,7 +100,7 @@ void turn_keys(const TileRows& tile, int64_t row_bytes, float* keys, Fetcher& fe
 }
 
 // Products of kRows queries, query_step apart, with turned keys, into scores [rows][64]. Meanwhile fetches the
-// rest of the values.
+// other half of the values.
 template <class Keys, int kRows>
 __attribute__((noinline)) void score(const float* query, int64_t query_step, const float* keys, int64_t dim,
                                      float* scores, Fetcher& fetcher) {
@@ -113,7 +113,7 @@ __attribute__((noinline)) void score(const float* query, int64_t query_step, con
       for (int v = 0; v < kVecs; ++v) sums[r][v] = zero();
     const float* turned = keys + j;
     for (int64_t d = 0; d < dim; d += Keys::kInputs, turned += kTile) {
-      fetcher.lines<2>();
+      fetcher.lines<most(1, kVecs * kWidth / 32)>();
       Keys::step(sums, query, query_step, d, turned);
     }
 #pragma GCC unroll 16
@@ -225,7 +225,7 @@ inline SumStep soften(float* weights, float here, float& running, float* values,
 }
 
 // Carries kRows rows' weighted values, columns from d on, kVecs vectors at a time, on over keys [lo, hi) of the tile.
-// Returns the first column left. Meanwhile fetches keys, as many as values are read.
+// Returns the first column left. Meanwhile fetches as much as is read.
 template <class Type, int kRows, int kVecs>
 int64_t weigh_columns(const float* weights, const TileRows& tile, Fetcher& fetcher, int64_t lo, int64_t hi, int64_t d,
                       float* values, int64_t dim) {
