@@ -92,7 +92,7 @@ def test_sampling_parameters_reach_the_engine_one_by_one() -> None:
 
 
 def test_a_temperature_of_0_has_no_sign() -> None:
-    sampling = sampling_from_proto(common_pb2.SamplingParams(temperature=-0.0), eos_token_ids=[])
+    sampling = codec.sampling_from_proto(common_pb2.SamplingParams(temperature=-0.0), eos_token_ids=())
     assert math.copysign(1.0, sampling.temperature) == 1.0
 
 
