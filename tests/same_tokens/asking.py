@@ -3,7 +3,8 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from enum import Enum
+from typing import Any, Final, NamedTuple, cast
 
 from tests.e2e.reflected import Choices, ReflectedClient
 
@@ -33,6 +34,11 @@ class Asked:
         return cast(int, self.sampling["n"])
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the likeliest."""
+        return not self.sampling["temperature"]
+
+    @property
     def is_scored(self) -> bool:
         """Whether log-probabilities of the prompt are wanted: then no prefix hit may be taken."""
         return "prompt_logprobs" in self.sampling
@@ -42,6 +48,36 @@ class Asked:
         kinds.append(f"seed {self.sampling['seed']}" if self.sampling["temperature"] else "greedy")
         kinds += [name for name in _PENALTIES if name in self.sampling]
         return ", ".join([*kinds, "stop ids"] if self.sampling["stop_token_ids"] else kinds)
+
+
+class Draws(Enum):
+    """How the tokens of streams are drawn."""
+
+    GREEDY = "greedy"
+    SEEDED = "seeded"
+    BOTH = "greedy and seeded"
+
+
+class Streams(NamedTuple):
+    """Requests that are put so many at a time, and ask for tokens alone: those of some that are drawn in a way."""
+
+    draws: Draws
+    num_at_once: int
+
+    def are(self, asked: Asked) -> bool:
+        """Whether a request is one of them."""
+        return self.draws is Draws.BOTH or asked.is_greedy == (self.draws is Draws.GREEDY)
+
+    def __str__(self) -> str:
+        return f"tokens alone, {self.draws.value}, {self.num_at_once} at a time"
+
+
+STREAMS: Final = (
+    *(Streams(Draws.GREEDY, num_at_once) for num_at_once in (1, 2, 3, 4, 16)),
+    Streams(Draws.SEEDED, 4),
+    Streams(Draws.BOTH, 4),
+    Streams(Draws.BOTH, 16),
+)
 
 
 def draw_requests(count: int, *, seed: int, vocab_size: int, max_prompt_tokens: int = MAX_PROMPT_TOKENS) -> list[Asked]:
@@ -56,6 +92,42 @@ def draw_requests(count: int, *, seed: int, vocab_size: int, max_prompt_tokens: 
     return [_draw(rng, length, vocab_size) for length in lengths]
 
 
+def draw_streams(count: int, *, seed: int, vocab_size: int) -> list[Asked]:
+    """`count` requests whose next token depends on their logits alone, every second one greedy, over short prompts.
+
+    Without their log-probabilities their steps are begun ahead.
+    """
+    rng = random.Random(f"streams:{seed}")
+    lengths = _spread(count, SHORT_PROMPT_TOKENS)
+    rng.shuffle(lengths)
+    return [_draw_stream(rng, length, vocab_size, is_seeded=number % 2 > 0) for number, length in enumerate(lengths)]
+
+
+def _draw_stream(rng: random.Random, length: int, vocab_size: int, *, is_seeded: bool) -> Asked:
+    ordinary = range(_FIRST_ORDINARY_ID, vocab_size)
+    num_choices = rng.choice((1, 1, 1, 2))
+    sampling = {
+        **_filters(rng, is_seeded=is_seeded),
+        "seed": rng.getrandbits(64),
+        "n": num_choices,
+        "max_tokens": rng.randint(8, 40),
+        "min_tokens": rng.randint(0, 3),
+        "stop_token_ids": rng.sample(ordinary, _NUM_STOPS) if rng.random() < 0.2 else [],
+        "ignore_eos": rng.random() < 0.5,
+        "logprobs": 0,
+    }
+    shares = tuple(rng.random() for _ in range(num_choices))
+    return Asked(tuple(rng.choices(ordinary, k=length)), sampling, rng.randint(1, length), shares)
+
+
+def _filters(rng: random.Random, *, is_seeded: bool) -> dict[str, Any]:
+    return {
+        "temperature": rng.uniform(0.7, 1.3) if is_seeded else 0.0,
+        "top_k": rng.choice((0, 5, 50)) if is_seeded else 0,
+        "top_p": rng.choice((1.0, 0.95, 0.7)) if is_seeded else 1.0,
+    }
+
+
 def _spread(count: int, longest: int) -> list[int]:
     return [1 + (longest - 1) * index // max(1, count - 1) for index in range(count)]
 
@@ -68,9 +140,7 @@ def _draw(rng: random.Random, length: int, vocab_size: int) -> Asked:
     num_logprobs = rng.randint(0, 4)
     max_tokens = rng.randint(3, 16)
     sampling = {
-        "temperature": rng.uniform(0.7, 1.3) if is_seeded else 0.0,
-        "top_k": rng.choice((0, 5, 50)) if is_seeded else 0,
-        "top_p": rng.choice((1.0, 0.95, 0.7)) if is_seeded else 1.0,
+        **_filters(rng, is_seeded=is_seeded),
         "seed": rng.getrandbits(64),
         "n": rng.choice((1, 1, 2, 3, 4)),
         "max_tokens": max_tokens,
@@ -98,6 +168,13 @@ async def ask(client: ReflectedClient, asked: Asked) -> Choices:
     """The request as it is."""
     prompt = {"token_ids": asked.token_ids}
     return await client.generate_choices(timeout_s=_TIMEOUT_S, tokens=prompt, sampling=asked.sampling)
+
+
+async def ask_for_tokens(client: ReflectedClient, asked: Asked) -> Choices:
+    """The request without its log-probabilities."""
+    sampling = {name: value for name, value in asked.sampling.items() if name not in ("logprobs", "prompt_logprobs")}
+    prompt = {"token_ids": asked.token_ids}
+    return await client.generate_choices(timeout_s=_TIMEOUT_S, tokens=prompt, sampling=sampling)
 
 
 async def ask_after_its_beginning(client: ReflectedClient, asked: Asked) -> Choices:

@@ -38,6 +38,31 @@ def make_bits(token_id: int, logprob: float, top_logprobs: Iterable[tuple[int, f
     return TokenBits(token_id, logprob.hex(), tuple((other, value.hex()) for other, value in top_logprobs))
 
 
+def make_token(token_id: int) -> TokenBits:
+    """One token without a log-probability."""
+    return TokenBits(token_id, "", ())
+
+
+def tokens_of(choices: Choices) -> AnswerBits:
+    """An answer as a client saw it who asked for no log-probabilities."""
+    assert not any(answer.logprobs for answer in choices.answers), "log-probabilities came that nobody asked for"
+    return AnswerBits(
+        (),
+        tuple(ChoiceBits(tuple(map(make_token, answer.token_ids)), answer.finish_reason) for answer in choices.answers),
+    )
+
+
+def without_logprobs(answer: AnswerBits) -> AnswerBits:
+    """The same answer, had no log-probabilities been asked for."""
+    return AnswerBits(
+        (),
+        tuple(
+            ChoiceBits(tuple(make_token(token.token_id) for token in choice.tokens), choice.finish_reason)
+            for choice in answer.choices
+        ),
+    )
+
+
 def bits_of(choices: Choices) -> AnswerBits:
     """An answer as a client saw it, with a log-probability for each of its tokens."""
     return AnswerBits(

@@ -1,6 +1,7 @@
 """Small models whose sizes are round nowhere, so that every kernel has a tail: hidden, heads, vocabulary."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +24,8 @@ ODD: Final = ModelShape(
     head_dim=30,
     max_positions=2048,
 )
+TWINS: Final = replace(ODD, vocab_size=4133, hidden_size=250)
+"""So many outputs that few of them may be the largest, in rows so long that int8 loses more than between twins."""
 _BIAS_DEVIATION: Final = 0.1
 
 
@@ -42,5 +45,21 @@ def make_biased_model(directory: Path, *, seed: int) -> Path:
     for name, size in tensor_shapes(ModelConfig.from_directory(directory)).items():
         if name not in weights:
             weights[name] = (torch.randn(size, generator=generator) * _BIAS_DEVIATION).bfloat16()
+    save_file(weights, directory / SINGLE_NAME, metadata={"format": "pt"})
+    return directory
+
+
+def make_twins_model(directory: Path, *, seed: int) -> Path:
+    """A Llama model of the shape `TWINS` in which every token has a twin, in half the vocabulary's distance.
+
+    Their rows of the head differ in the last bit of about every second number. Which of two twins is likelier shows in
+    exact logits alone: every greedy token depends on that.
+    """
+    make_checkpoint(directory, TWINS, seed=seed, stored=CheckpointFormat.BF16)
+    weights = load_file(directory / SINGLE_NAME)
+    half = TWINS.vocab_size // 2
+    rows = weights["model.embed_tokens.weight"].view(torch.int16)
+    nudges = torch.randint(0, 2, (half, TWINS.hidden_size), generator=torch.Generator().manual_seed(seed))
+    rows[half : 2 * half] = rows[:half] ^ nudges.short()
     save_file(weights, directory / SINGLE_NAME, metadata={"format": "pt"})
     return directory

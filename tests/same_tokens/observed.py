@@ -5,6 +5,7 @@ A count says how often a condition occurred and how often at least it had to; it
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import psutil
@@ -20,6 +21,11 @@ PREFILL: Final = "prefill-0"
 
 _LEAST_SHARE: Final = 0.1
 """Of the busiest thread's time, for a thread to count as computing."""
+
+_LEAST_BESIDE: Final = 0.02
+"""Likewise for a thread of the kernels: some requests have few steps that are begun ahead, or few others."""
+_KERNELS: Final = "kernels"
+"""The name of their threads."""
 
 
 class Seen(NamedTuple):
@@ -57,6 +63,8 @@ class Observed:
     """Blocks that the decode worker copied."""
     num_threads: Mapping[str, int]
     """Threads that computed, by worker."""
+    beside_ms: Mapping[str, Sequence[int]]
+    """Milliseconds of every thread that the kernels started and that computed, by worker, the busiest one first."""
     block_size: int
     block_bytes: int
 
@@ -211,6 +219,19 @@ def on_two_threads(worker: str) -> Count:
     return count
 
 
+def steps_ahead(worker: str) -> Count:
+    """Milliseconds of a second thread of the kernels. On two threads a step has but one beside the engine's own.
+
+    Steps that are begun ahead have another one, which begins them while that of the engine does something else.
+    """
+
+    def count(seen: Observed) -> Condition:
+        busiest, second, *_ = *seen.beside_ms[worker], 0, 0
+        return Condition(f"ms of steps ahead on {worker}", second, int(_LEAST_BESIDE * busiest))
+
+    return count
+
+
 def _num_parts(request: Seen, budget: int) -> int:
     return -(-request.num_prompt_tokens // budget)
 
@@ -229,13 +250,20 @@ class Totals(NamedTuple):
     num_steps: int
     num_copies: int
     busy_s: Mapping[str, Mapping[int, float]]
+    beside_ns: Mapping[str, Mapping[int, int]]
+    """The same for threads that the kernels started alone, and exact."""
 
 
 def settled(cluster: Cluster) -> Totals:
     """The totals once nothing runs."""
     loads = cluster.wait_until_idle()
-    busy_s = {name: _busy_s(process) for name, process in cluster.processes().items() if name in loads}
-    return Totals(loads[DECODE].engine_steps, loads[DECODE].copied_blocks, busy_s)
+    workers = {name: process for name, process in cluster.processes().items() if name in loads}
+    return Totals(
+        num_steps=loads[DECODE].engine_steps,
+        num_copies=loads[DECODE].copied_blocks,
+        busy_s={name: _busy_s(process) for name, process in workers.items()},
+        beside_ns={name: _beside_ns(process) for name, process in workers.items()},
+    )
 
 
 def observe(cluster: Cluster, requests: Sequence[Seen], *, before: Totals, after: Totals) -> Observed:
@@ -246,6 +274,7 @@ def observe(cluster: Cluster, requests: Sequence[Seen], *, before: Totals, after
         num_steps=after.num_steps - before.num_steps,
         num_copies=after.num_copies - before.num_copies,
         num_threads={name: _num_computing(before.busy_s[name], busy_s) for name, busy_s in after.busy_s.items()},
+        beside_ms={name: _beside_ms(before.beside_ns[name], spent) for name, spent in after.beside_ns.items()},
         block_size=layout.groups[0].block_size,
         block_bytes=block_bytes(layout),
     )
@@ -277,6 +306,21 @@ def seen_on_session(
 def _busy_s(process: psutil.Process) -> dict[int, float]:
     """Seconds of every thread but the first, which is the event loop."""
     return {thread.id: thread.user_time for thread in process.threads() if thread.id != process.pid}
+
+
+def _beside_ns(process: psutil.Process) -> dict[int, int]:
+    """Nanoseconds of every thread that the kernels started."""
+    threads = Path(f"/proc/{process.pid}/task").iterdir()
+    return {
+        int(thread.name): int((thread / "schedstat").read_text().split()[0])
+        for thread in threads
+        if (thread / "comm").read_text().strip() == _KERNELS
+    }
+
+
+def _beside_ms(before: Mapping[int, int], after: Mapping[int, int]) -> list[int]:
+    spent = [spent_ns - before.get(thread, 0) for thread, spent_ns in after.items()]
+    return sorted((ns // 10**6 for ns in spent if ns), reverse=True)
 
 
 def _num_computing(before: Mapping[int, float], after: Mapping[int, float]) -> int:

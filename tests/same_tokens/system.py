@@ -1,7 +1,9 @@
 """Bar: tokens and log-probabilities have the same bits in every way in which the system can run a request.
 
 Greedy and seeded requests for one to four choices over prompts of 1 to 1,500 tokens, with penalties, stop ids and
-scored prompts, to models whose sizes are round nowhere and to the embedded one. The reference is each request alone, in
+scored prompts, to models whose sizes are round nowhere and to the embedded one. Others ask for tokens alone, so that
+steps are begun ahead and only those logits are computed that may be the largest: through the system, and in this
+process, which counts them. The reference is each request alone, in
 one process on one thread, its prompt in one step. Every way proves by the system's own counts that it was taken.
 """
 
@@ -21,11 +23,12 @@ from tests.bars.report import parse_size, print_table, verdict
 from tests.e2e.cluster import Cluster
 from tests.e2e.prompts import open_tokenizer
 from tests.loop import run
-from tests.same_tokens import observed, ways
-from tests.same_tokens.asking import Asked, draw_requests
+from tests.same_tokens import ahead, observed, ways
+from tests.same_tokens.ahead import ARITHMETICS, Arithmetic
+from tests.same_tokens.asking import STREAMS, Asked, Streams, draw_requests, draw_streams
 from tests.same_tokens.bits import AnswerBits, first_difference
-from tests.same_tokens.models import ODD, make_biased_model, make_odd_model
-from tests.same_tokens.observed import DECODE, PREFILL
+from tests.same_tokens.models import ODD, TWINS, make_biased_model, make_odd_model, make_twins_model
+from tests.same_tokens.observed import DECODE, PREFILL, Count
 from tests.same_tokens.ways import Site, Taken, Way
 
 WHOLE_PROMPTS: Final = 2048
@@ -34,6 +37,9 @@ FEW_BLOCKS: Final = ("--block-size", "4", "--num-blocks", "384")
 UNCACHED_DECODE: Final = {"STAFFETTA_DECODE_PREFIX_CACHING": "false"}
 OWN_THREADS: Final = ("--prefill", "1", "--decode", "1", "--no-local-prefill")
 """Each role as the environment says; flags are for all."""
+
+_FEWEST_STREAMS: Final = 32
+"""So many that four greedy ones are computed together a few times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ class Finding:
     """What one way brought, beside the reference."""
 
     family: str
-    way: Way
+    way: str
     system: str
     taken: Taken
     difference: str | None
@@ -69,7 +75,7 @@ class Finding:
     @property
     def failures(self) -> list[str]:
         """What is wrong: another bit, or a condition that did not occur."""
-        where = f"{self.family}, {self.way.name} ({self.system})"
+        where = f"{self.family}, {self.way} ({self.system})"
         found = [f"{where}: {self.difference}"] if self.difference else []
         found += [
             f"{where}: {condition}, at least {max(1, condition.num_demanded)} were to be"
@@ -115,6 +121,27 @@ ALL: Final = (
     Setup((*RELAY, NO_CACHE, *FEW_BLOCKS), (ways.PREEMPTED,)),
     Setup(RELAY, (ways.HIT_AND_HANDOFF,)),
 )
+_SHARED: Final = observed.shared_steps(WHOLE_PROMPTS)
+
+
+def _counts_of(streams: Streams) -> tuple[Count, ...]:
+    """What is counted of streams for which steps are begun ahead."""
+    is_alone = streams.num_at_once == 1
+    return (observed.steps_ahead(DECODE), *([] if is_alone else [_SHARED]))
+
+
+FOR_TOKENS: Final = (
+    Setup((*SINGLE, NO_CACHE, *budget(WHOLE_PROMPTS)), (ways.REFERENCE, ways.for_tokens(STREAMS[-1], _SHARED))),
+    Setup(
+        (*SINGLE[:-1], "2", NO_CACHE, *budget(WHOLE_PROMPTS)),
+        tuple(ways.for_tokens(streams, *_counts_of(streams)) for streams in STREAMS),
+    ),
+)
+FOR_TOKENS_HANDED_OVER: Final = Setup(
+    (*OWN_THREADS, NO_CACHE, "--transports", "shm"),
+    (ways.for_tokens(STREAMS[-1], observed.handed_over("shm"), observed.steps_ahead(DECODE)),),
+    {"STAFFETTA_PREFILL_THREADS": "1", "STAFFETTA_DECODE_THREADS": "2"},
+)
 
 
 async def take_all(family: Family) -> list[Finding]:
@@ -142,15 +169,46 @@ async def _running(setup: Setup, family: Family) -> AsyncIterator[Cluster]:
         await asyncio.to_thread(cluster.__exit__, *sys.exc_info())
 
 
+def find(family: str, way: str, system: str, taken: Taken) -> Finding:
+    """Compares what a way brought with what was due."""
+    return Finding(family, way, system, taken, first_difference(taken.sent, taken.outputs, taken.expected))
+
+
 async def _take(way: Way, family: Family, cluster: Cluster, expected: Sequence[AnswerBits]) -> Finding:
     started = time.monotonic()
     taken = await way.take(Site(cluster, family.requests, expected))
     settings = [f"{name}={value}" for name, value in cluster.environ.items()]
     system = " ".join([*settings, *cluster.flags])
-    finding = Finding(family.name, way, system, taken, first_difference(taken.sent, taken.outputs, taken.expected))
+    finding = find(family.name, way.name, system, taken)
     spent_s = time.monotonic() - started
     print(f"{family.name}, {way.name}, {spent_s:.1f} s: {finding.failures or 'same'}", file=sys.stderr, flush=True)
     return finding
+
+
+def make_streaming_families(directory: Path, *, count: int, seed: int) -> list[Family]:
+    """`count` streams that ask for tokens alone, in every arithmetic, to a model whose likeliest tokens have twins."""
+    model = str(make_twins_model(directory / "twins", seed=seed))
+    requests = draw_streams(count, seed=seed, vocab_size=TWINS.vocab_size)
+    return [
+        Family(
+            f"twins, {name}",
+            model,
+            arithmetic.flags,
+            (*FOR_TOKENS, FOR_TOKENS_HANDED_OVER) if name == "bfloat16" else FOR_TOKENS,
+            requests,
+        )
+        for name, arithmetic in ARITHMETICS.items()
+    ]
+
+
+def take_here(family: Family, arithmetic: Arithmetic) -> list[Finding]:
+    """The ways of streams in one process, which tells exactly what it did: this one."""
+    found = []
+    for here in ahead.take_here(Path(family.model), arithmetic, family.requests):
+        finding = find(family.name, here.name, f"in one process, {here.threads} threads", here.taken)
+        found.append(finding)
+        print(f"{finding.family}, {finding.way}: {finding.failures or 'same'}", file=sys.stderr, flush=True)
+    return found
 
 
 def make_families(directory: Path, *, count: int, seed: int) -> list[Family]:
@@ -177,13 +235,17 @@ def main(argv: Sequence[str]) -> int:
     size = parse_size(__doc__, argv, short=24, full=300)
     with tempfile.TemporaryDirectory() as directory:
         families = make_families(Path(directory), count=size.count, seed=size.seed)
+        streaming = make_streaming_families(
+            Path(directory), count=max(_FEWEST_STREAMS, size.count // 6), seed=size.seed
+        )
         # One at a time: while one compares, the connections of another would starve on the same event loop.
-        taken = run(run_all(families, take_all, num_at_once=1))
+        taken = run(run_all([*families, *streaming], take_all, num_at_once=1))
+        taken += [take_here(*pair) for pair in zip(streaming, ARITHMETICS.values(), strict=True)]
         findings = [finding for found in taken for finding in found]
     rows = [
         [
             found.family,
-            found.way.name,
+            found.way,
             found.system,
             len(found.taken.outputs),
             sum(output.num_tokens for output in found.taken.outputs),

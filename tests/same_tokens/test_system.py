@@ -93,7 +93,7 @@ def test_a_difference_is_told_with_its_place(actual: AnswerBits, difference: str
 
 def test_a_condition_that_did_not_occur_is_a_failure() -> None:
     taken = Taken((), [WHOLE], [WHOLE], [Condition("tokens recomputed", 0, 0), Condition("cuts", 6, 7)])
-    finding = Finding("odd", ways.PREEMPTED, "--num-blocks 9", taken, None)
+    finding = Finding("odd", "preempted, 16 at a time", "--num-blocks 9", taken, None)
     assert finding.failures == [
         "odd, preempted, 16 at a time (--num-blocks 9): 0 tokens recomputed, at least 1 were to be",
         "odd, preempted, 16 at a time (--num-blocks 9): 6 cuts, at least 7 were to be",

@@ -12,9 +12,9 @@ from tests.bars.concurrent import run_all
 from tests.e2e.cluster import Cluster
 from tests.e2e.reflected import Choices, ReflectedClient
 from tests.same_tokens import observed
-from tests.same_tokens.asking import Asked, ask, ask_after_its_beginning, ask_again
-from tests.same_tokens.bits import AnswerBits, bits_of
-from tests.same_tokens.observed import DECODE, Condition, Count
+from tests.same_tokens.asking import Asked, Streams, ask, ask_after_its_beginning, ask_again, ask_for_tokens
+from tests.same_tokens.bits import AnswerBits, bits_of, tokens_of, without_logprobs
+from tests.same_tokens.observed import DECODE, Condition, Count, Observed
 from tests.same_tokens.sessions import Start, restarts, start_all
 
 MANY: Final = 16
@@ -60,20 +60,39 @@ def sending(name: str, *counts: Count, num_at_once: int = 1, each: Ask = ask) ->
     """The way of clients: every request sent through the gateway, so many at once."""
 
     async def take(site: Site) -> Taken:
-        before = await asyncio.to_thread(observed.settled, site.cluster)
-        async with ReflectedClient(site.cluster.grpc) as client:
-
-            async def send(asked: Asked) -> Choices:
-                return await each(client, asked)
-
-            answers = await run_all(site.requests, send, num_at_once=num_at_once)
-        after = await asyncio.to_thread(observed.settled, site.cluster)
-        requests = list(map(observed.seen_by_client, site.requests, answers))
-        seen = await asyncio.to_thread(observed.observe, site.cluster, requests, before=before, after=after)
+        answers, seen = await _send(site.cluster, site.requests, each, num_at_once=num_at_once)
         outputs = [bits_of(answer) for answer in answers]
         return Taken(site.requests, outputs, site.expected or outputs, [count(seen) for count in counts])
 
     return Way(name, take)
+
+
+def for_tokens(streams: Streams, *counts: Count) -> Way:
+    """The way of clients that ask for no log-probabilities, so that steps are begun ahead where there are threads."""
+
+    async def take(site: Site) -> Taken:
+        pairs = [pair for pair in zip(site.requests, site.expected, strict=True) if streams.are(pair[0])]
+        requests = [asked for asked, _ in pairs]
+        answers, seen = await _send(site.cluster, requests, ask_for_tokens, num_at_once=streams.num_at_once)
+        expected = [without_logprobs(due) for _, due in pairs]
+        return Taken(requests, list(map(tokens_of, answers)), expected, [count(seen) for count in counts])
+
+    return Way(str(streams), take)
+
+
+async def _send(
+    cluster: Cluster, requests: Sequence[Asked], each: Ask, *, num_at_once: int
+) -> tuple[list[Choices], Observed]:
+    before = await asyncio.to_thread(observed.settled, cluster)
+    async with ReflectedClient(cluster.grpc) as client:
+
+        async def send(asked: Asked) -> Choices:
+            return await each(client, asked)
+
+        answers = await run_all(requests, send, num_at_once=num_at_once)
+    after = await asyncio.to_thread(observed.settled, cluster)
+    seen_by_clients = list(map(observed.seen_by_client, requests, answers))
+    return answers, await asyncio.to_thread(observed.observe, cluster, seen_by_clients, before=before, after=after)
 
 
 def _on_session(
@@ -175,5 +194,5 @@ def restarting(*counts: Count) -> Way:
     return _on_session("restarted", _restarted, *counts, pairs_of=restarts)
 
 
-def _restarted(seen: observed.Observed) -> Condition:
+def _restarted(seen: Observed) -> Condition:
     return Condition("choices restarted", len(seen.requests), 1)
