@@ -22,8 +22,6 @@ PREFILL: Final = "prefill-0"
 _LEAST_SHARE: Final = 0.1
 """Of the busiest thread's time, for a thread to count as computing."""
 
-_LEAST_BESIDE: Final = 0.02
-"""Likewise for a thread of the kernels: some requests have few steps that are begun ahead, or few others."""
 _KERNELS: Final = "kernels"
 """The name of their threads."""
 
@@ -63,8 +61,8 @@ class Observed:
     """Blocks that the decode worker copied."""
     num_threads: Mapping[str, int]
     """Threads that computed, by worker."""
-    beside_ms: Mapping[str, Sequence[int]]
-    """Milliseconds of every thread that the kernels started and that computed, by worker, the busiest one first."""
+    beside_us: Mapping[str, Sequence[int]]
+    """Microseconds of every thread that the kernels started and that computed, by worker, the busiest one first."""
     block_size: int
     block_bytes: int
 
@@ -219,15 +217,15 @@ def on_two_threads(worker: str) -> Count:
     return count
 
 
-def steps_ahead(worker: str) -> Count:
-    """Milliseconds of a second thread of the kernels. On two threads a step has but one beside the engine's own.
+def beside_the_engine(worker: str) -> Count:
+    """Microseconds of a second thread of the kernels. On two threads a step has one beside the engine's own.
 
-    Steps that are begun ahead have another one, which begins them while that of the engine does something else.
+    The second one begins steps ahead, and only those; it sleeps where there are none.
     """
 
     def count(seen: Observed) -> Condition:
-        busiest, second, *_ = *seen.beside_ms[worker], 0, 0
-        return Condition(f"ms of steps ahead on {worker}", second, int(_LEAST_BESIDE * busiest))
+        _, second, *_ = *seen.beside_us[worker], 0, 0
+        return Condition(f"µs beside the engine of {worker}", second, 1)
 
     return count
 
@@ -274,7 +272,7 @@ def observe(cluster: Cluster, requests: Sequence[Seen], *, before: Totals, after
         num_steps=after.num_steps - before.num_steps,
         num_copies=after.num_copies - before.num_copies,
         num_threads={name: _num_computing(before.busy_s[name], busy_s) for name, busy_s in after.busy_s.items()},
-        beside_ms={name: _beside_ms(before.beside_ns[name], spent) for name, spent in after.beside_ns.items()},
+        beside_us={name: _beside_us(before.beside_ns[name], spent) for name, spent in after.beside_ns.items()},
         block_size=layout.groups[0].block_size,
         block_bytes=block_bytes(layout),
     )
@@ -318,9 +316,9 @@ def _beside_ns(process: psutil.Process) -> dict[int, int]:
     }
 
 
-def _beside_ms(before: Mapping[int, int], after: Mapping[int, int]) -> list[int]:
+def _beside_us(before: Mapping[int, int], after: Mapping[int, int]) -> list[int]:
     spent = [spent_ns - before.get(thread, 0) for thread, spent_ns in after.items()]
-    return sorted((ns // 10**6 for ns in spent if ns), reverse=True)
+    return sorted((ns // 1000 for ns in spent if ns), reverse=True)
 
 
 def _num_computing(before: Mapping[int, float], after: Mapping[int, float]) -> int:

@@ -127,7 +127,7 @@ _SHARED: Final = observed.shared_steps(WHOLE_PROMPTS)
 def _counts_of(streams: Streams) -> tuple[Count, ...]:
     """What is counted of streams for which steps are begun ahead."""
     is_alone = streams.num_at_once == 1
-    return (observed.steps_ahead(DECODE), *([] if is_alone else [_SHARED]))
+    return (observed.beside_the_engine(DECODE), *([] if is_alone else [_SHARED]))
 
 
 FOR_TOKENS: Final = (
@@ -139,7 +139,7 @@ FOR_TOKENS: Final = (
 )
 FOR_TOKENS_HANDED_OVER: Final = Setup(
     (*OWN_THREADS, NO_CACHE, "--transports", "shm"),
-    (ways.for_tokens(STREAMS[-1], observed.handed_over("shm"), observed.steps_ahead(DECODE)),),
+    (ways.for_tokens(STREAMS[-1], observed.handed_over("shm"), observed.beside_the_engine(DECODE)),),
     {"STAFFETTA_PREFILL_THREADS": "1", "STAFFETTA_DECODE_THREADS": "2"},
 )
 
@@ -236,7 +236,7 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         families = make_families(Path(directory), count=size.count, seed=size.seed)
         streaming = make_streaming_families(
-            Path(directory), count=max(_FEWEST_STREAMS, size.count // 6), seed=size.seed
+            Path(directory), count=max(_FEWEST_STREAMS, size.count // 8), seed=size.seed
         )
         # One at a time: while one compares, the connections of another would starve on the same event loop.
         taken = run(run_all([*families, *streaming], take_all, num_at_once=1))
