@@ -38,8 +38,8 @@ UNCACHED_DECODE: Final = {"STAFFETTA_DECODE_PREFIX_CACHING": "false"}
 OWN_THREADS: Final = ("--prefill", "1", "--decode", "1", "--no-local-prefill")
 """Each role as the environment says; flags are for all."""
 
-_FEWEST_STREAMS: Final = 32
-"""So many that four greedy ones are computed together a few times."""
+_NUM_STREAMS: Final = 32
+"""So many that four greedy ones are computed together a few times, in a run of any size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,9 +235,7 @@ def main(argv: Sequence[str]) -> int:
     size = parse_size(__doc__, argv, short=24, full=300)
     with tempfile.TemporaryDirectory() as directory:
         families = make_families(Path(directory), count=size.count, seed=size.seed)
-        streaming = make_streaming_families(
-            Path(directory), count=max(_FEWEST_STREAMS, size.count // 8), seed=size.seed
-        )
+        streaming = make_streaming_families(Path(directory), count=_NUM_STREAMS, seed=size.seed)
         # One at a time: while one compares, the connections of another would starve on the same event loop.
         taken = run(run_all([*families, *streaming], take_all, num_at_once=1))
         taken += [take_here(*pair) for pair in zip(streaming, ARITHMETICS.values(), strict=True)]
