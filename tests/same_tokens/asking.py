@@ -95,7 +95,7 @@ def draw_requests(count: int, *, seed: int, vocab_size: int, max_prompt_tokens: 
 def draw_streams(count: int, *, seed: int, vocab_size: int) -> list[Asked]:
     """`count` requests whose next token depends on their logits alone, every second one greedy, over short prompts.
 
-    Without their log-probabilities their steps are begun ahead.
+    Without their log-probabilities their steps are begun ahead. Greedy ones have one choice: others would be equal.
     """
     rng = random.Random(f"streams:{seed}")
     lengths = _spread(count, SHORT_PROMPT_TOKENS)
@@ -105,7 +105,7 @@ def draw_streams(count: int, *, seed: int, vocab_size: int) -> list[Asked]:
 
 def _draw_stream(rng: random.Random, length: int, vocab_size: int, *, is_seeded: bool) -> Asked:
     ordinary = range(_FIRST_ORDINARY_ID, vocab_size)
-    num_choices = rng.choice((1, 1, 1, 2))
+    num_choices = rng.choice((1, 1, 1, 2)) if is_seeded else 1
     sampling = {
         **_filters(rng, is_seeded=is_seeded),
         "seed": rng.getrandbits(64),
