@@ -126,10 +126,8 @@ def _answers(ran: Ran, requests: Sequence[Asked]) -> list[AnswerBits]:
 
 def _counts_of(streams: Streams) -> tuple[Count, ...]:
     """What is counted beside steps ahead: screened steps where there are to be some, whole ones where there are."""
-    if streams.draws is not Draws.GREEDY:
+    if streams.draws is not Draws.GREEDY or streams.num_at_once > MOST_SCREENED_ROWS:
         return (_whole,)
-    if streams.num_at_once > MOST_SCREENED_ROWS:
-        return (_screened, _whole)
     return (_screened, _screened_of(streams.num_at_once))
 
 
@@ -146,11 +144,14 @@ def _finished_ahead(runner: CountingRunner, ran: Sequence[Ran]) -> Condition:
 
 
 def _screened(runner: CountingRunner, ran: Sequence[Ran]) -> Condition:
-    """Steps of greedy streams alone, few enough, of whose logits some were not computed: at least half of those."""
+    """Steps of greedy streams alone, few enough, of whose logits some were not computed.
+
+    At least an eighth: after one that rules out too little, many are not screened.
+    """
     del ran
     num_due = sum(number for kind, number in runner.num_finished.items() if _is_for_screening(*kind))
     num_screened = sum(number for kind, number in runner.num_screened.items() if _is_for_screening(*kind))
-    return Condition("screened steps", num_screened, num_due // 2)
+    return Condition("screened steps", num_screened, num_due // 8)
 
 
 def _screened_of(num_rows: int) -> Count:
@@ -159,7 +160,7 @@ def _screened_of(num_rows: int) -> Count:
     def count(runner: CountingRunner, ran: Sequence[Ran]) -> Condition:
         del ran
         kind = (True, num_rows)
-        return Condition(f"of {num_rows} rows", runner.num_screened[kind], runner.num_finished[kind] // 2)
+        return Condition(f"of {num_rows} rows", runner.num_screened[kind], 1)
 
     return count
 
