@@ -51,9 +51,11 @@ class Finder {
     const int64_t tokens = plan_.tokens(sequence_), size = plan_.block_tokens, heads = plan_.pages.num_kv_heads;
     const int64_t first = (ceil_div(tokens, size) - 1 - (index - begin_) / heads) * size;
     const int64_t context = call.context_lens[sequence_];
+    const int64_t* table = call.block_tables + sequence_ * call.table_stride;
     return {call,
             plan_.pages,
-            call.block_tables + sequence_ * call.table_stride,
+            table,
+            sequence_ > 0 ? table - call.table_stride : nullptr,
             (index - begin_) % heads,
             plan_.group,
             call.query_starts[sequence_] + first,

@@ -9,6 +9,7 @@
 namespace STAFFETTA_ISA {
 
 constexpr int64_t kSplitTiles = 16;
+constexpr int64_t kFewSequences = 4;
 constexpr int64_t kBlockRows = 2 * kMaxGroup;  // query rows (tokens x heads of one KV head) that share a turned tile
 
 // Running softmax of a block of rows: maximum and sum per row, weighted values [rows][padded head_dim].
@@ -21,7 +22,7 @@ struct Running {
 struct RowBlock {
   const AttentionArguments& call;
   const Pages& pages;
-  const int64_t* table;
+  const int64_t *table, *table_before;  // of the sequence, and of the one before it, if there is one
   int64_t kv_head, group, first_token, first_position, rows, context, padded_dim;
 
   int64_t position(int64_t row) const { return first_position + row / group; }
@@ -42,6 +43,13 @@ struct RowBlock {
     const int64_t offset = table[position / pages.block_size] * pages.block_stride + kv_head * pages.head_stride +
                            position % pages.block_size * pages.token_stride;
     return static_cast<const char*>(pages.data) + offset * element_bytes(pages.dtype);
+  }
+  // Where a tile is taken to be. Near if the sequence before has the page where it begins, too, and so had it read; and
+  // for many sequences, to which asking more often is worth little where it helps and costs more where they share pages.
+  Memory memory_of(int64_t tile) const {
+    const int64_t page = tile * kTile / pages.block_size;
+    const bool is_shared = table_before && table_before[page] == table[page];
+    return is_shared || call.num_sequences > kFewSequences ? Memory::kNear : Memory::kFar;
   }
   // A tile where it lies, if its stripes do not leave their blocks. Stripes beyond the context repeat the last.
   TileRows find_tile(int64_t tile) const {
@@ -167,7 +175,7 @@ template <class Type>
 void attend_tile(const RowBlock& block, int64_t tile, const TileRows& rows, const TileRows& next, Tiles& tiles) {
   const int64_t bytes = most(block.padded_dim * KeysOf<Type>::kBytes, kLine);
   touch(next);
-  Fetcher fetcher(rows, next, bytes);
+  Fetcher fetcher(rows, next, bytes, block.memory_of(tile));
   turn_keys<KeysOf<Type>>(rows, bytes, tiles.keys, fetcher);
   for (int64_t strip = 0; strip < block.num_strips(); ++strip) {
     const int64_t begin = block.strip_begin(strip);

@@ -31,12 +31,14 @@ inline void touch(const TileRows& tile) {
 // query rows need bytes sooner than memory gives them, and memory gives most when it is asked at an even pace. A
 // processor that waits for as much as it can forgets what else it is asked for, and to ask costs less than to wait
 // where a line is needed: so each is asked for kTimes, again whenever a later run is. For the last runs of keys the
-// next tile's fetcher does that.
+// next tile's fetcher does that. What is near, in a cache, is asked for kTimesNear: there, asking is what takes time.
+enum class Memory { kNear, kFar };
+
 class Fetcher {
  public:
   // Rows are row_bytes long; where they touch, kRunRows are a run.
-  Fetcher(const TileRows& tile, const TileRows& next, int64_t row_bytes)
-      : tile_(tile), next_(next), row_bytes_(row_bytes) {
+  Fetcher(const TileRows& tile, const TileRows& next, int64_t row_bytes, Memory memory)
+      : tile_(tile), next_(next), row_bytes_(row_bytes), memory_(memory) {
     const int64_t rows = run_rows(tile.key_bytes);
     for (int i = 0; i + 1 < kTimes; ++i) runs_[i] = row_at(tile.keys, tile.key_bytes, kTile - (i + 1) * rows);
   }
@@ -47,15 +49,22 @@ class Fetcher {
       if (row_ == 2 * kTile) return;
       begin_run();
     }
-#pragma GCC unroll 32
-    for (int i = 0; i < kLines; ++i)
-#pragma GCC unroll 8
-      for (const char* run : runs_) __builtin_prefetch(run + at_ + i * kLine);
+    fetch<kLines, 0, kTimesNear>();
+    if (memory_ == Memory::kFar) fetch<kLines, kTimesNear, kTimes>();
     at_ += kLines * kLine;
   }
 
  private:
-  static constexpr int kTimes = 5, kRunRows = kStripe / 2;
+  static constexpr int kTimes = 5, kTimesNear = 2, kRunRows = kStripe / 2;
+
+  // The same lines of runs [kFirst, kEnd).
+  template <int kLines, int kFirst, int kEnd>
+  inline __attribute__((always_inline)) void fetch() const {
+#pragma GCC unroll 32
+    for (int i = 0; i < kLines; ++i)
+#pragma GCC unroll 8
+      for (int run = kFirst; run < kEnd; ++run) __builtin_prefetch(runs_[run] + at_ + i * kLine);
+  }
 
   static const char* row_at(const char* const (&stripes)[kStripes], int64_t step, int64_t row) {
     return stripes[row / kStripe] + row % kStripe * step;
@@ -74,6 +83,7 @@ class Fetcher {
 
   const TileRows &tile_, &next_;
   const int64_t row_bytes_;
+  const Memory memory_;
   const char* runs_[kTimes];        // the one that is asked for, and those before it
   int64_t at_ = 0, run_bytes_ = 0;  // how much of it is
   int64_t row_ = 0;                 // the first after it: of the tile's values, then of the next one's keys
