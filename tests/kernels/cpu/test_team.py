@@ -137,7 +137,7 @@ def test_a_member_without_memory_for_scratch_is_an_error_and_the_next_call_works
         "import resource; from ctypes import byref\n"
         "from kernels.cpu.library import NO_MATRIX, Status, matrix; from tests.kernels.cpu.test_team import until\n"
         "backend, expected = CpuBackend(threads=1), product(2)\n"
-        "x, weight = torch.ones(32, 2**20), torch.ones(2**20)\n"
+        "x, weight = torch.ones(8, 2**22), torch.ones(2**22)\n"
         "out, none = torch.empty_like(x), byref(NO_MATRIX)\n"
         "def norm(threads): return backend.library.staffetta_rms_norm(\n"
         "    backend.isa, threads, byref(matrix(x)), none, byref(matrix(weight)), 0.0, none, byref(matrix(out)))\n"
