@@ -101,7 +101,7 @@ def shared_steps(budget: int) -> Count:
 
     def count(seen: Observed) -> Condition:
         num_alone = sum(request.num_steps + _num_parts(request, budget) - 1 for request in seen.requests)
-        return Condition("steps saved by sharing", num_alone - seen.num_steps, num_alone // 10)
+        return Condition("steps saved by sharing", num_alone - seen.num_steps, num_alone // 40)
 
     return count
 
