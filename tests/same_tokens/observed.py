@@ -97,7 +97,7 @@ def alone(seen: Observed) -> Condition:
 
 
 def shared_steps(budget: int) -> Count:
-    """Steps fewer than the requests take alone, with prompts cut by `budget`: at least a tenth of them."""
+    """Steps fewer than the requests take alone, with prompts cut by `budget`: at least a fortieth of them."""
 
     def count(seen: Observed) -> Condition:
         num_alone = sum(request.num_steps + _num_parts(request, budget) - 1 for request in seen.requests)
