@@ -112,7 +112,7 @@ class EngineThread:
     def ask(self, function: Callable[[Engine], T]) -> "Future[T]":
         """Has `function`, which changes nothing of what is to be computed, carried out between two steps.
 
-        Likewise but for that: steps that are begun ahead do not make way for it.
+        Its result comes as that of `call` does. No step that is begun ahead makes way for it.
         """
         future: Future[T] = Future()
 

@@ -27,13 +27,13 @@ inline void touch(const TileRows& tile) {
   }
 }
 
+enum class Memory { kNear, kFar };
+
 // Fetches a tile's values and then the next tile's keys, a few lines at a time, while others are computed with: few
 // query rows need bytes sooner than memory gives them, and memory gives most when it is asked at an even pace. A
 // processor that waits for as much as it can forgets what else it is asked for, and to ask costs less than to wait
 // where a line is needed: so each is asked for kTimes, again whenever a later run is. For the last runs of keys the
 // next tile's fetcher does that. What is near, in a cache, is asked for kTimesNear: there, asking is what takes time.
-enum class Memory { kNear, kFar };
-
 class Fetcher {
  public:
   // Rows are row_bytes long; where they touch, kRunRows are a run.
